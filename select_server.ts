@@ -1,0 +1,802 @@
+/**
+ * One process, no threads, two listening ports, and one loop that serves every client: the
+ * select-based echo server of *Programming Python* (4th edition, Example 12-9), for Deno. Pending
+ * accepts, reads, replies and writes are raced in that one loop, so that neither a slow client nor
+ * a long transaction keeps anybody else waiting.
+ *
+ * ```sh
+ * deno run --allow-net select_server.ts
+ * ```
+ *
+ * @example Serve something else than echoes
+ * ```ts
+ * import { listen, serve } from "./select_server.ts";
+ *
+ * const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+ * const reply = (bytes: Uint8Array) => new TextEncoder().encode(text(bytes).toUpperCase());
+ * if (import.meta.main) await serve(listen(), { reply, logger: console });
+ * ```
+ *
+ * @module
+ */
+
+// The package is named in full so that this file runs where it is copied to, without a deno.json.
+import { parseArgs } from "jsr:@std/cli@^1/parse-args";
+
+// ---- The selector
+
+/**
+ * How many completions are handed out before the runtime gets a turn of its own. A tokio task may complete 128 I/O
+ * operations each time it runs, and what it has ready beyond that is put off (`tokio::task::coop`); staying a little
+ * below leaves room for operations that are not ours.
+ */
+const BUDGET = 120;
+
+/**
+ * So many turns in a row without a completion mean that nobody is being put off. Operations over the budget are looked
+ * at again after tokio next asks the system what is ready, which a busy program lets it do every 61 task runs (its
+ * `event_interval`).
+ */
+const QUIET_TURNS = 64;
+
+/**
+ * select() for promises: watch operations as they start, then ask again and again which of them have completed.
+ *
+ * Where select(2) tells that a socket is *ready* for an operation, a selector tells that an operation is *complete*,
+ * as `T`, which is yours to choose; a discriminated union serves well. Each promise is subscribed to once, so a call of
+ * {@linkcode Selector.select} costs what has completed, however much else is pending (`Promise.race` subscribes to all
+ * of it again, each time).
+ *
+ * It goes in rounds, so that nobody starves: an operation given to {@linkcode Selector.watchNextRound} starts when
+ * everything that was ready before it has been handed out.
+ *
+ * @example Wait for whatever comes first
+ * ```ts
+ * import { Selector } from "./select_server.ts";
+ *
+ * const selector = new Selector<string>();
+ * for (const text of ["one", "two"]) {
+ *   selector.watch(Promise.resolve(text), (value) => `got ${value}`, (reason) => `lost ${text}: ${reason}`);
+ * }
+ * selector.watch(Promise.reject("gone"), () => "never", (reason) => `rejected: ${reason}`);
+ * console.log(await selector.select()); // [ "got one", "got two", "rejected: gone" ]
+ * console.log(await selector.select(10)); // []: nothing completed within 10 ms
+ * ```
+ */
+export class Selector<T> {
+  /** Completed, in that order, and not yet handed out. */
+  #ready: T[] = [];
+  /** Still to be started in this round. */
+  #round: (() => void)[] = [];
+  /** To be started in the next one. */
+  #nextRound: (() => void)[] = [];
+  /** Handed out since the runtime last had a turn. */
+  #handedOut = 0;
+  /** Turns to take before the next round, as the last wake-up used up the budget and may have left somebody out. */
+  #turnsOwed = 0;
+  /** Ends the wait of the pending `select`. */
+  #wake?: () => void;
+  #selecting = false;
+
+  /**
+   * Watches an operation that has started. What it comes to is turned into a completion by `fulfilled` or `rejected`
+   * (the two functions that `then` takes; they must not throw), and comes out of {@linkcode Selector.select} once.
+   *
+   * @param promise The pending operation.
+   * @param fulfilled Makes a completion of the value.
+   * @param rejected Makes a completion of the reason, so that no rejection is lost or left unhandled.
+   */
+  watch<V>(
+    promise: Promise<V>,
+    fulfilled: (value: V) => T,
+    rejected: (reason: unknown) => T,
+  ): void {
+    promise.then(
+      (value) => this.#complete(fulfilled(value)),
+      (reason) => this.#complete(rejected(reason)),
+    );
+  }
+
+  /**
+   * Starts an operation, and watches it, once everything that is ready now has been handed out by
+   * {@linkcode Selector.select}. A client read from in this way is not served a second time before everybody who is
+   * ready has been served once.
+   *
+   * @param start Starts the operation. What it throws counts as a rejection.
+   * @param fulfilled Makes a completion of the value.
+   * @param rejected Makes a completion of the reason.
+   */
+  watchNextRound<V>(
+    start: () => Promise<V>,
+    fulfilled: (value: V) => T,
+    rejected: (reason: unknown) => T,
+  ): void {
+    this.#nextRound.push(() => {
+      try {
+        this.watch(start(), fulfilled, rejected);
+      } catch (reason) {
+        this.#complete(rejected(reason));
+      }
+    });
+  }
+
+  /**
+   * Waits until something has completed, and resolves to all that has since the last call, in order of completion.
+   *
+   * @param timeout The longest wait in milliseconds, as `select`'s fourth argument is in seconds: without it, wait for
+   * as long as it takes; 0 (or less) polls, and takes what the runtime has ready to deliver. Waits of more than
+   * 2,147,483,647 ms, the most that the HTML standard's timers count, may end early.
+   * @returns The completions; an empty list means that the time is up.
+   * @throws {RangeError} If `timeout` is not a number.
+   * @throws {Deno.errors.Busy} If an earlier call is still waiting.
+   */
+  async select(timeout = Infinity): Promise<T[]> {
+    if (Number.isNaN(timeout)) {
+      throw new RangeError("select: timeout is NaN, expected milliseconds");
+    }
+    if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
+    this.#selecting = true;
+    if (this.#handedOut >= BUDGET) await this.#turns(1);
+    while (this.#ready.length === 0) {
+      if (this.#round.length > 0) {
+        // Each operation started may complete at once and lead to one more, hence half the budget in one turn.
+        for (const start of this.#round.splice(0, BUDGET / 2)) start();
+        if (this.#round.length > 0) await this.#turns(1);
+      } else if (this.#turnsOwed > 0) {
+        this.#turnsOwed -= await this.#turns(this.#turnsOwed);
+      } else if (this.#nextRound.length > 0) {
+        [this.#round, this.#nextRound] = [this.#nextRound, []];
+      } else if (!await this.#wait(timeout)) {
+        break;
+      }
+    }
+    const completions = this.#ready;
+    this.#ready = [];
+    this.#handedOut += completions.length;
+    if (completions.length >= BUDGET) this.#turnsOwed = QUIET_TURNS;
+    this.#selecting = false;
+    return completions;
+  }
+
+  #complete(completion: T): void {
+    this.#ready.push(completion);
+    this.#wake?.();
+  }
+
+  /** Lets the runtime take its turn until something completes, at most `most` times; resolves to how many it took. */
+  #turns(most: number): Promise<number> {
+    this.#handedOut = 0;
+    const { promise, resolve } = Promise.withResolvers<number>();
+    let taken = 0;
+    const turn = () => {
+      if (++taken < most && this.#ready.length === 0) setImmediate(turn);
+      else resolve(taken);
+    };
+    setImmediate(turn);
+    return promise;
+  }
+
+  /** Resolves to false when the time was up first. */
+  async #wait(timeout: number): Promise<boolean> {
+    if (timeout > 0) {
+      const { promise, resolve } = Promise.withResolvers<void>();
+      this.#wake = resolve;
+      const timer = timeout < Infinity
+        ? setTimeout(resolve, Math.min(timeout, 2 ** 31 - 1))
+        : undefined;
+      await promise;
+      clearTimeout(timer);
+      this.#wake = undefined;
+    } else {
+      await this.#turns(QUIET_TURNS);
+    }
+    return this.#ready.length > 0;
+  }
+}
+
+// ---- The loop
+
+/** What the loop needs of a connection; a `Deno.Conn` has it. */
+export interface Connection {
+  /** The client's address. */
+  readonly remoteAddr: Deno.Addr;
+  /** Resolves to the number of bytes put into `buffer`, or to null at the end of the stream. */
+  read(buffer: Uint8Array): Promise<number | null>;
+  /** Resolves to the number of bytes taken from `bytes`, which may be only a part of them. */
+  write(bytes: Uint8Array): Promise<number>;
+  /** Closes both directions. */
+  close(): void;
+  /** Sends small writes at once (TCP_NODELAY), where the connection knows of that. */
+  setNoDelay?(noDelay?: boolean): void;
+}
+
+/** What the loop needs of a listening socket; a `Deno.Listener` has it. */
+export interface Listener {
+  /** The address it listens on. */
+  readonly addr: Deno.Addr;
+  /** Resolves to the next client's connection. */
+  accept(): Promise<Connection>;
+  /** Stops listening. */
+  close(): void;
+}
+
+/** Whom a reply is for. */
+export interface Client {
+  /** Counts the server's clients, from 1. */
+  readonly id: number;
+  /** The client's address. */
+  readonly remoteAddr: Deno.Addr;
+}
+
+/**
+ * Makes the reply to what one read brought: bytes, at once or in a promise; no bytes, no reply.
+ * `bytes` is overwritten when the reply is out: copy what you keep for longer. A reply function that
+ * throws or rejects costs the client its connection.
+ */
+export type Reply = (bytes: Uint8Array, client: Client) => Uint8Array | Promise<Uint8Array>;
+
+/** Takes the lines of the log; the levels it lacks are not logged. `console` is one. */
+export interface Logger {
+  /** What somebody should look into. */
+  error?(line: string): void;
+  /** Ports opened, clients that come and go. */
+  info?(line: string): void;
+  /** Every message. */
+  debug?(line: string): void;
+}
+
+/** How to {@linkcode serve}. */
+export interface ServeOptions {
+  /** Makes the replies. By default {@linkcode echo}. */
+  reply?: Reply;
+  /** Closes a client with which nothing has happened for so many milliseconds. By default never. */
+  idleTimeout?: number;
+  /** Stops the server when it aborts. */
+  signal?: AbortSignal;
+  /** The time for replies still owed when the signal aborts, in milliseconds. By default 5,000. */
+  grace?: number;
+  /** Takes the log. By default errors go to the console. */
+  logger?: Logger;
+}
+
+/** What {@linkcode serve} has done. */
+export interface Totals {
+  /** Clients accepted. */
+  clients: number;
+  /** Messages answered, a message being what one read brought. */
+  messages: number;
+  /** Bytes read. */
+  bytes: number;
+}
+
+/** A client that is being served. Exactly one of its operations is pending at any time. */
+interface Session extends Client {
+  readonly conn: Connection;
+  /** For the log. */
+  readonly name: string;
+  /** What is pending, and since when. */
+  pending: "read" | "reply" | "write";
+  since: number;
+  /** What reads fill, and the size that the next read should have. */
+  buffer: Uint8Array;
+  nextSize: number;
+  /** The part of the reply that is still to be written. */
+  unsent: Uint8Array;
+}
+
+/** What select tells the loop. */
+type Completion =
+  | { type: "accept"; listener: Listener; conn: Connection }
+  | { type: "accept error"; listener: Listener; error: unknown }
+  | { type: "read"; client: Session; count: number | null }
+  | { type: "reply"; client: Session; bytes: Uint8Array }
+  | { type: "write"; client: Session; count: number }
+  | { type: "client error"; client: Session; error: unknown }
+  | { type: "abort" };
+
+/** A pending read holds its buffer, so an idle client has a small one; a read that fills it gets a larger one next. */
+const SMALLEST_BUFFER = 4 * 1024;
+const LARGEST_BUFFER = 64 * 1024;
+
+/** After an abort, how long to go on reading what clients had sent before it, in milliseconds. */
+const LAST_READS = 100;
+
+/** What accept rejects with when the client has reset or given up before it. */
+const LOST_BEFORE_ACCEPT = [
+  Deno.errors.NotConnected,
+  Deno.errors.ConnectionReset,
+  Deno.errors.ConnectionAborted,
+];
+
+/** Out of descriptors, how long to wait before accepting is tried again, in milliseconds. */
+const ACCEPT_RETRY = 1000;
+
+/**
+ * Serves every client of every listener, in one loop, until the signal aborts. Then it stops
+ * listening, sends the replies that it owes, and closes everything.
+ *
+ * Trouble with one client closes that client and nothing else. One that resets before it has been
+ * accepted is forgotten; when descriptors run out, accepting pauses until a client leaves.
+ *
+ * @param listeners Where clients are accepted. The server closes them when it stops.
+ * @param options The reply function, the idle timeout, the signal and the log.
+ * @returns What has been done, once nobody is being listened to or served any more.
+ * @throws {RangeError} If `idleTimeout` or `grace` is not a number of milliseconds from 0 up.
+ *
+ * @example Serve echoes for a tenth of a second
+ * ```ts
+ * import { listen, serve } from "./select_server.ts";
+ *
+ * const totals = await serve(listen({ port: 0 }), { signal: AbortSignal.timeout(100) });
+ * console.log(totals); // { clients: 0, messages: 0, bytes: 0 }
+ * ```
+ */
+export async function serve(
+  listeners: Iterable<Listener>,
+  options: ServeOptions = {},
+): Promise<Totals> {
+  const { reply = echo, idleTimeout = Infinity, grace = 5000, signal } = options;
+  const logger: Logger = options.logger ?? { error: console.error };
+  for (const [name, value] of Object.entries({ idleTimeout, grace })) {
+    if (!(value >= 0)) throw new RangeError(`${name} is ${value}, expected milliseconds from 0 up`);
+  }
+
+  const selector = new Selector<Completion>();
+  const listening = new Set(listeners);
+  const paused = new Set<Listener>(); // not accepting for now: out of descriptors
+  const clients = new Set<Session>(); // whoever has been waited for longest comes first
+  const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
+  let closing = false; // after the last reads: what is owed is written, nothing more is read
+  const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
+
+  const aborted = Promise.withResolvers<void>();
+  const onAbort = () => aborted.resolve();
+  signal?.addEventListener("abort", onAbort);
+  selector.watch(aborted.promise, () => ({ type: "abort" }), () => ({ type: "abort" }));
+  if (signal?.aborted) stop();
+  for (const listener of listening) {
+    log("info", `listening on ${formatAddress(listener.addr)}`);
+    accept(listener);
+  }
+
+  while (listening.size > 0 || clients.size > 0) {
+    for (const completion of await selector.select(timeLeft())) {
+      // A client may have been closed while its completion was on its way.
+      if ("client" in completion && !clients.has(completion.client)) continue;
+      switch (completion.type) {
+        case "accept": // a client has connected: watch for the next one, and for what this one says
+          accept(completion.listener);
+          read(join(completion.conn));
+          break;
+        case "read": // null is the end of the stream, and all before it has been answered
+          if (completion.count === null) leave(completion.client, "end of stream");
+          else answer(completion.client, completion.count);
+          break;
+        case "reply": // a transaction is done, at once or after a while
+          write(completion.client, completion.bytes);
+          break;
+        case "write": // the socket may have taken a part only; read again when it has taken all
+          write(completion.client, completion.client.unsent.subarray(completion.count));
+          break;
+        case "client error": // reset, broken pipe, a failed reply: it ends this client alone
+          fail(completion.client, completion.error);
+          break;
+        case "accept error": // that client is gone, descriptors have run out, or it was closed
+          acceptFailed(completion.listener, completion.error);
+          break;
+        case "abort":
+          stop();
+          break;
+      }
+    }
+    meetDeadlines();
+  }
+  signal?.removeEventListener("abort", onAbort);
+  return totals;
+
+  function accept(listener: Listener): void {
+    if (!listening.has(listener)) return;
+    selector.watch(
+      listener.accept(),
+      (conn) => ({ type: "accept", listener, conn }),
+      (error) => ({ type: "accept error", listener, error }),
+    );
+  }
+
+  function join(conn: Connection): Session {
+    const { remoteAddr } = conn;
+    const client: Session = {
+      id: ++totals.clients,
+      remoteAddr,
+      name: `client ${totals.clients} (${formatAddress(remoteAddr)})`,
+      conn,
+      pending: "read",
+      since: performance.now(),
+      buffer: new Uint8Array(0),
+      nextSize: SMALLEST_BUFFER,
+      unsent: new Uint8Array(0),
+    };
+    clients.add(client);
+    log("info", `${client.name} connected`);
+    try {
+      conn.setNoDelay?.(); // or a reply's last segment waits for the client's delayed acknowledgement (RFC 896)
+    } catch {
+      // A client that has reset already: its read says so.
+    }
+    return client;
+  }
+
+  function read(client: Session): void {
+    if (closing) return leave(client, "the server stops");
+    wait(client, "read");
+    if (client.buffer.length !== client.nextSize) client.buffer = new Uint8Array(client.nextSize);
+    // In the next round: nobody is read from again before everybody who is ready has been.
+    selector.watchNextRound(
+      () => client.conn.read(client.buffer),
+      (count) => ({ type: "read", client, count }),
+      (error) => ({ type: "client error", client, error }),
+    );
+  }
+
+  function answer(client: Session, count: number): void {
+    const { buffer } = client;
+    if (count === buffer.length) client.nextSize = Math.min(count * 4, LARGEST_BUFFER);
+    else if (count < buffer.length / 4) {
+      client.nextSize = Math.max(buffer.length / 4, SMALLEST_BUFFER);
+    }
+    totals.messages++;
+    totals.bytes += count;
+    if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
+    wait(client, "reply");
+    try {
+      const bytes = reply(buffer.subarray(0, count), client);
+      if (bytes instanceof Uint8Array) return write(client, bytes);
+      selector.watch(
+        Promise.resolve(bytes),
+        (bytes) => ({ type: "reply", client, bytes }),
+        (error) => ({ type: "client error", client, error }),
+      );
+    } catch (error) {
+      fail(client, error);
+    }
+  }
+
+  function write(client: Session, bytes: Uint8Array): void {
+    if (!(bytes instanceof Uint8Array)) {
+      return fail(
+        client,
+        new TypeError(`the reply is ${Deno.inspect(bytes)}, expected a Uint8Array`),
+      );
+    }
+    client.unsent = bytes;
+    if (bytes.length === 0) return read(client);
+    wait(client, "write");
+    selector.watch(
+      client.conn.write(bytes),
+      (count) => ({ type: "write", client, count }),
+      (error) => ({ type: "client error", client, error }),
+    );
+  }
+
+  function fail(client: Session, error: unknown): void {
+    if (client.pending === "reply") leave(client, `reply failed: ${describe(error)}`, "error");
+    else leave(client, describe(error));
+  }
+
+  function leave(client: Session, why: string, level: keyof Logger = "info"): void {
+    clients.delete(client);
+    client.conn.close();
+    log(level, `${client.name} disconnected: ${why}`);
+    acceptAgain(); // there is a descriptor to spare now
+  }
+
+  function acceptFailed(listener: Listener, error: unknown): void {
+    if (!listening.has(listener)) return; // we closed it
+    if (LOST_BEFORE_ACCEPT.some((lost) => error instanceof lost)) return accept(listener);
+    if (error instanceof Deno.errors.BadResource) {
+      listening.delete(listener);
+      return log("error", `${formatAddress(listener.addr)} is closed: ${describe(error)}`);
+    }
+    // Out of descriptors or memory. One line tells of it however often it happens before it is over.
+    if (deadlines.acceptRetry === Infinity) log("error", `accepting pauses: ${describe(error)}`);
+    deadlines.acceptRetry = performance.now() + ACCEPT_RETRY;
+    paused.add(listener);
+  }
+
+  function acceptAgain(): void {
+    for (const listener of paused) {
+      paused.delete(listener);
+      accept(listener);
+    }
+  }
+
+  /** Notes what the client is waited for, and puts it behind those that have been for longer. */
+  function wait(client: Session, pending: Session["pending"]): void {
+    client.pending = pending;
+    if (idleTimeout === Infinity) return;
+    client.since = performance.now();
+    clients.delete(client);
+    clients.add(client);
+  }
+
+  function stop(): void {
+    log("info", `stopping: ${clients.size} clients are connected`);
+    for (const listener of listening) listener.close();
+    listening.clear();
+    paused.clear();
+    const now = performance.now();
+    deadlines.acceptRetry = Infinity;
+    deadlines.lastReads = now + Math.min(LAST_READS, grace);
+    deadlines.grace = now + grace;
+  }
+
+  /** The time until the first deadline, in milliseconds: what the book leaves out as `select`'s fourth argument. */
+  function timeLeft(): number {
+    const [oldest] = clients;
+    const idle = oldest === undefined ? Infinity : oldest.since + idleTimeout;
+    const { acceptRetry, lastReads, grace } = deadlines;
+    return Math.min(idle, acceptRetry, lastReads, grace) - performance.now();
+  }
+
+  function meetDeadlines(): void {
+    const now = performance.now();
+    for (const client of clients) {
+      if (now < client.since + idleTimeout) break; // and so it is for all who come after
+      leave(client, `no ${client.pending} in ${idleTimeout} ms`);
+    }
+    if (now >= deadlines.acceptRetry) {
+      if (paused.size === 0) log("error", "accepting again");
+      deadlines.acceptRetry = paused.size === 0 ? Infinity : now + ACCEPT_RETRY;
+      acceptAgain();
+    }
+    if (now >= deadlines.lastReads) {
+      closing = true;
+      deadlines.lastReads = Infinity;
+      for (const client of clients) {
+        if (client.pending === "read") leave(client, "the server stops");
+      }
+    }
+    if (now >= deadlines.grace) {
+      for (const client of clients) leave(client, `the server stops, ${client.pending} pending`);
+    }
+  }
+
+  function log(level: keyof Logger, line: string): void {
+    try {
+      logger[level]?.(line);
+    } catch {
+      // A log that cannot be written must not cost any client its connection.
+    }
+  }
+}
+
+function formatAddress(addr: Deno.Addr): string {
+  if (!("hostname" in addr)) return Deno.inspect(addr);
+  return `${addr.hostname.includes(":") ? `[${addr.hostname}]` : addr.hostname}:${addr.port}`;
+}
+
+function describe(error: unknown): string {
+  return error instanceof Error ? `${error.name}: ${error.message}` : Deno.inspect(error);
+}
+
+/** Where to {@linkcode listen}. */
+export interface ListenOptions {
+  /** The address or name to listen on. By default 127.0.0.1, which only this machine reaches. */
+  host?: string;
+  /** The first port. By default 50007, the book's; 0 lets the system choose each port. */
+  port?: number;
+  /** How many consecutive ports. By default 2. */
+  ports?: number;
+}
+
+/**
+ * Opens the ports: all of them or, when one cannot be opened, none.
+ *
+ * @param options The host, the first port, and how many.
+ * @returns A listener for each port, to {@linkcode serve} or to close.
+ * @throws {Error} If a port cannot be opened; the message names it, the cause says why.
+ *
+ * @example Two ports that the system chooses
+ * ```ts
+ * import { listen } from "./select_server.ts";
+ *
+ * const [first, second] = listen({ port: 0 });
+ * console.log(first.addr, second.addr);
+ * first.close();
+ * second.close();
+ * ```
+ */
+export function listen(options: ListenOptions = {}): Deno.TcpListener[] {
+  const { host: hostname = "127.0.0.1", port: first = 50007, ports = 2 } = options;
+  using opened = new DisposableStack();
+  const listeners = Array.from({ length: ports }, (_, i) => {
+    const port = first === 0 ? 0 : first + i;
+    try {
+      // The default of 511 clients waiting to be accepted makes a crowd retry for seconds.
+      return opened.use(Deno.listen({ hostname, port, tcpBacklog: 4096 }));
+    } catch (cause) {
+      const address = formatAddress({ transport: "tcp", hostname, port });
+      const why = cause instanceof Error ? cause.message : cause;
+      throw new Error(`cannot listen on ${address}: ${why}`, { cause });
+    }
+  });
+  opened.move(); // all are open: keep them so
+  return listeners;
+}
+
+// ---- The replies
+
+/**
+ * Replies with exactly the bytes that came (RFC 862).
+ *
+ * @param bytes What came.
+ * @returns The same.
+ *
+ * @example
+ * ```ts
+ * import { echo } from "./select_server.ts";
+ *
+ * console.log(echo(new Uint8Array([1, 2]))); // Uint8Array(2) [ 1, 2 ]
+ * ```
+ */
+export function echo(bytes: Uint8Array): Uint8Array {
+  return bytes;
+}
+
+/**
+ * Replies as the book's server does: `Echo=>TEXT at TIME`.
+ *
+ * @param bytes What came.
+ * @returns The same between `Echo=>` and the time.
+ *
+ * @example
+ * ```ts
+ * import { stamp } from "./select_server.ts";
+ *
+ * const reply = stamp(new TextEncoder().encode("spam"));
+ * console.log(new TextDecoder().decode(reply)); // Echo=>spam at 2026-11-23T10:00:00.000Z
+ * ```
+ */
+export function stamp(bytes: Uint8Array): Uint8Array {
+  const before = new TextEncoder().encode("Echo=>");
+  const after = new TextEncoder().encode(` at ${new Date().toISOString()}`);
+  const reply = new Uint8Array(before.length + bytes.length + after.length);
+  reply.set(before);
+  reply.set(bytes, before.length);
+  reply.set(after, before.length + bytes.length);
+  return reply;
+}
+
+/** A transaction that takes so many milliseconds; it is cut short when the server stops. */
+function delayed(reply: Reply, ms: number, signal: AbortSignal): Reply {
+  return async (bytes, client) => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const done = () => resolve();
+    const timer = setTimeout(done, ms);
+    signal.addEventListener("abort", done);
+    await promise;
+    clearTimeout(timer);
+    signal.removeEventListener("abort", done);
+    return reply(bytes, client);
+  };
+}
+
+// ---- The command line
+
+const HELP = `\
+Select server: echoes what its clients send, on several ports, in one loop.
+
+  deno run --allow-net select_server.ts [OPTIONS] [HOST PORT]
+
+  -H, --host HOST        address to listen on (127.0.0.1: this machine only)
+  -p, --port PORT        first port (50007); 0 lets the system choose each port
+      --ports N          how many consecutive ports (2)
+      --stamp            reply as the book does: Echo=>TEXT at TIME
+      --delay MS         make every transaction take MS milliseconds
+      --idle-timeout S   close a client that has been silent for S seconds (never)
+  -v, --verbose          log every message too
+  -q, --quiet            log errors only
+  -h, --help             show this help
+
+Ctrl-C stops it when the replies that it owes are out; a second one, at once.`;
+
+class UsageError extends Error {}
+
+/** Reads a number from the command line; a whole one unless fractions are allowed. */
+function parseNumber(
+  option: string,
+  text: string,
+  least: number,
+  most: number,
+  whole = true,
+): number {
+  const value = (whole ? /^\d+$/ : /^\d+(\.\d+)?$/).test(text) ? Number(text) : NaN;
+  if (value >= least && value <= most) return value;
+  const kind = whole ? "a whole number" : "a number";
+  throw new UsageError(
+    `${option} ${text || "without a value"}: expected ${kind} from ${least} to ${most}`,
+  );
+}
+
+function parseCommandLine(args: string[]) {
+  const positional: string[] = [];
+  const parsed = parseArgs(args, {
+    string: ["host", "port", "ports", "delay", "idle-timeout"],
+    boolean: ["stamp", "verbose", "quiet", "help"],
+    alias: { host: "H", port: "p", verbose: "v", quiet: "q", help: "h" },
+    unknown: (arg, key) => {
+      // Numbers among the positional arguments are converted, so their text is taken here.
+      if (key === undefined) return positional.push(arg) < 0;
+      if (/^-\d/.test(arg)) throw new UsageError(`${arg}: expected a number from 0 up`);
+      throw new UsageError(`${arg}: expected one of the options that --help lists`);
+    },
+  });
+  positional.push(...parsed._.map(String)); // what came after --
+  const { stamp, verbose, quiet, help } = parsed;
+  if (verbose && quiet) throw new UsageError("--quiet --verbose: expected one of them");
+  if (positional.length !== 0 && positional.length !== 2) {
+    throw new UsageError(`${positional.join(" ")}: expected HOST PORT, or neither`);
+  }
+  if (positional.length > 0 && (parsed.host ?? parsed.port) !== undefined) {
+    throw new UsageError(`${positional.join(" ")}: expected either HOST PORT or --host and --port`);
+  }
+  const [host = parsed.host ?? "127.0.0.1", port = parsed.port ?? "50007"] = positional;
+  if (host === "") throw new UsageError("--host without a value: expected an address or a name");
+  const first = parseNumber("--port", port, 0, 65535);
+  const ports = parseNumber("--ports", parsed.ports ?? "2", 1, 65535);
+  if (first + ports - 1 > 65535) {
+    throw new UsageError(
+      `--port ${first} --ports ${ports}: expected the last port to be 65535 at most`,
+    );
+  }
+  const delay = parseNumber("--delay", parsed.delay ?? "0", 0, 2 ** 31 - 1);
+  const idle = parsed["idle-timeout"];
+  return {
+    help,
+    stamp,
+    verbose,
+    quiet,
+    delay,
+    listen: { host, port: first, ports },
+    idleTimeout: idle === undefined
+      ? Infinity
+      : 1000 * parseNumber("--idle-timeout", idle, 0.001, 1e6, false),
+  };
+}
+
+async function main(args: string[]): Promise<number> {
+  const command = parseCommandLine(args);
+  if (command.help) {
+    console.log(HELP);
+    return 0;
+  }
+  const { error, info } = console;
+  const stop = new AbortController();
+  const onSignal = () => stop.signal.aborted ? Deno.exit(1) : stop.abort();
+  const signals: Deno.Signal[] = ["SIGINT", Deno.build.os === "windows" ? "SIGBREAK" : "SIGTERM"];
+  const listeners = listen(command.listen);
+  for (const signal of signals) Deno.addSignalListener(signal, onSignal);
+  const reply = command.stamp ? stamp : echo;
+  const { clients, messages, bytes } = await serve(listeners, {
+    reply: command.delay > 0 ? delayed(reply, command.delay, stop.signal) : reply,
+    idleTimeout: command.idleTimeout,
+    signal: stop.signal,
+    logger: command.verbose ? console : command.quiet ? { error } : { error, info },
+  });
+  for (const signal of signals) Deno.removeSignalListener(signal, onSignal);
+  if (!command.quiet) {
+    console.log(`served ${clients} clients, ${messages} messages, ${bytes} bytes`);
+  }
+  return 0;
+}
+
+if (import.meta.main) {
+  try {
+    Deno.exitCode = await main(Deno.args);
+  } catch (error) {
+    if (!(error instanceof Error)) throw error;
+    console.error(`select_server: ${error.message}`);
+    if (error instanceof UsageError) console.error("Run it with --help to see what it takes.");
+    Deno.exitCode = error instanceof UsageError ? 2 : 1;
+  }
+}

@@ -376,7 +376,7 @@ export async function serve(
           write(completion.client, completion.bytes);
           break;
         case "write": // the socket may have taken a part only; read again when it has taken all
-          write(completion.client, completion.client.unsent.subarray(completion.count));
+          wrote(completion.client, completion.count);
           break;
         case "client error": // reset, broken pipe, a failed reply: it ends this client alone
           fail(completion.client, completion.error);
@@ -476,6 +476,11 @@ export async function serve(
       (count) => ({ type: "write", client, count }),
       (error) => ({ type: "client error", client, error }),
     );
+  }
+
+  function wrote(client: Session, count: number): void {
+    if (count < client.unsent.length) write(client, client.unsent.subarray(count));
+    else read(client);
   }
 
   function fail(client: Session, error: unknown): void {
@@ -700,22 +705,89 @@ Select server: echoes what its clients send, on several ports, in one loop.
 
 Ctrl-C stops it when the replies that it owes are out; a second one, at once.`;
 
-class UsageError extends Error {}
+/** Bad use of the command line; the message names the value and what was expected. */
+export class UsageError extends Error {}
 
-/** Reads a number from the command line; a whole one unless fractions are allowed. */
-function parseNumber(
+/**
+ * Refuses an argument that is not one of a command's options.
+ *
+ * @param arg The argument as it was typed.
+ * @throws {UsageError} Always.
+ *
+ * @example
+ * ```ts
+ * import { refuse, UsageError } from "./select_server.ts";
+ * import { assertThrows } from "@std/assert";
+ *
+ * assertThrows(() => refuse("--prot"), UsageError, "--prot: expected one of the options");
+ * ```
+ */
+export function refuse(arg: string): never {
+  const negative = /^-\d/.test(arg); // the value of the option before it, taken for an option
+  throw new UsageError(
+    `${arg}: expected ${negative ? "a number from 0 up" : "one of the options that --help lists"}`,
+  );
+}
+
+/**
+ * Reads a number from the command line.
+ *
+ * @param option The option, for the message.
+ * @param text Its value as it was typed: digits, and a fraction if one is allowed.
+ * @param least The smallest number allowed.
+ * @param most The largest.
+ * @param kind Whether it must be whole.
+ * @returns The number.
+ * @throws {UsageError} If it is anything else.
+ *
+ * @example
+ * ```ts
+ * import { parseNumber } from "./select_server.ts";
+ *
+ * console.log(parseNumber("--port", "50007", 0, 65535)); // 50007
+ * ```
+ */
+export function parseNumber(
   option: string,
   text: string,
   least: number,
   most: number,
-  whole = true,
+  kind: "a whole number" | "a number" = "a whole number",
 ): number {
-  const value = (whole ? /^\d+$/ : /^\d+(\.\d+)?$/).test(text) ? Number(text) : NaN;
-  if (value >= least && value <= most) return value;
-  const kind = whole ? "a whole number" : "a number";
+  const value = /^\d+(\.\d+)?$/.test(text) ? Number(text) : NaN;
+  const whole = kind === "a number" || /^\d+$/.test(text);
+  if (whole && value >= least && value <= most) return value;
   throw new UsageError(
     `${option} ${text || "without a value"}: expected ${kind} from ${least} to ${most}`,
   );
+}
+
+/**
+ * Runs a command to its exit code. An error is one line on standard error, without a stack trace.
+ *
+ * @param name The command's name, for the message.
+ * @param main The command, which takes the arguments and resolves to its exit code.
+ * @returns The exit code: `main`'s, 2 for bad use, 1 for any other error.
+ *
+ * @example
+ * ```ts
+ * import { run } from "./select_server.ts";
+ *
+ * console.log(await run("nothing", () => Promise.resolve(0))); // 0
+ * ```
+ */
+export async function run(
+  name: string,
+  main: (args: string[]) => Promise<number>,
+): Promise<number> {
+  try {
+    return await main(Deno.args);
+  } catch (error) {
+    console.error(`${name}: ${error instanceof Error ? error.message : Deno.inspect(error)}`);
+    if (!(error instanceof UsageError)) return 1;
+    console.error("--help lists the options.");
+    return 2;
+  }
 }
 
 function parseCommandLine(args: string[]) {
@@ -727,8 +799,7 @@ function parseCommandLine(args: string[]) {
     unknown: (arg, key) => {
       // Numbers among the positional arguments are converted, so their text is taken here.
       if (key === undefined) return positional.push(arg) < 0;
-      if (/^-\d/.test(arg)) throw new UsageError(`${arg}: expected a number from 0 up`);
-      throw new UsageError(`${arg}: expected one of the options that --help lists`);
+      refuse(arg);
     },
   });
   positional.push(...parsed._.map(String)); // what came after --
@@ -760,7 +831,7 @@ function parseCommandLine(args: string[]) {
     listen: { host, port: first, ports },
     idleTimeout: idle === undefined
       ? Infinity
-      : 1000 * parseNumber("--idle-timeout", idle, 0.001, 1e6, false),
+      : 1000 * parseNumber("--idle-timeout", idle, 0.001, 1e6, "a number"),
   };
 }
 
@@ -790,13 +861,4 @@ async function main(args: string[]): Promise<number> {
   return 0;
 }
 
-if (import.meta.main) {
-  try {
-    Deno.exitCode = await main(Deno.args);
-  } catch (error) {
-    if (!(error instanceof Error)) throw error;
-    console.error(`select_server: ${error.message}`);
-    if (error instanceof UsageError) console.error("Run it with --help to see what it takes.");
-    Deno.exitCode = error instanceof UsageError ? 2 : 1;
-  }
-}
+if (import.meta.main) Deno.exitCode = await run("select_server", main);

@@ -124,6 +124,7 @@ export async function runClients(options: RunOptions): Promise<Report> {
   const reasons: Record<string, number> = {};
   let bytes = 0;
 
+  const ended = new AbortController(); // for what is still connecting then
   const aborted = Promise.withResolvers<void>();
   const onAbort = () => aborted.resolve();
   signal?.addEventListener("abort", onAbort);
@@ -158,13 +159,14 @@ export async function runClients(options: RunOptions): Promise<Report> {
     failOverdue();
   }
   signal?.removeEventListener("abort", onAbort);
+  ended.abort();
   return report();
 
   function connect(id: number): void {
     const client: Connecting = { id, since: performance.now() };
     running.add(client);
     selector.watch(
-      Deno.connect({ hostname: host, port: ports[(id - 1) % ports.length] }),
+      Deno.connect({ hostname: host, port: ports[(id - 1) % ports.length], signal: ended.signal }),
       (conn) => ({ type: "connect", client, conn }),
       (error) => ({ type: "error", client, error }),
     );

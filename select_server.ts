@@ -298,6 +298,9 @@ type Completion =
 const SMALLEST_BUFFER = 4 * 1024;
 const LARGEST_BUFFER = 64 * 1024;
 
+/** What the log says of a client for which the idle timeout is up. */
+const OVERDUE = { read: "silent", reply: "without its reply", write: "not reading its reply" };
+
 /** After an abort, how long to go on reading what clients had sent before it, in milliseconds. */
 const LAST_READS = 100;
 
@@ -547,7 +550,7 @@ export async function serve(
     const now = performance.now();
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after
-      leave(client, `no ${client.pending} in ${idleTimeout} ms`);
+      leave(client, `${OVERDUE[client.pending]} for ${idleTimeout / 1000} s`);
     }
     if (now >= deadlines.acceptRetry) {
       if (paused.size === 0) log("error", "accepting again");
@@ -698,7 +701,7 @@ Select server: echoes what its clients send, on several ports, in one loop.
       --ports N          how many consecutive ports (2)
       --stamp            reply as the book does: Echo=>TEXT at TIME
       --delay MS         make every transaction take MS milliseconds
-      --idle-timeout S   close a client that has been silent for S seconds (never)
+      --idle-timeout S   close a client silent for S seconds (never)
   -v, --verbose          log every message too
   -q, --quiet            log errors only
   -h, --help             show this help

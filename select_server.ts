@@ -538,15 +538,23 @@ export async function serve(
     deadlines.grace = now + grace;
   }
 
-  /** The time until the first deadline, in milliseconds: what the book leaves out as `select`'s fourth argument. */
-  function timeLeft(): number {
-    const [oldest] = clients;
-    const idle = oldest === undefined ? Infinity : oldest.since + idleTimeout;
+  /** When there is something to do though nothing completes. */
+  function nextDeadline(): number {
     const { acceptRetry, lastReads, grace } = deadlines;
-    return Math.min(idle, acceptRetry, lastReads, grace) - performance.now();
+    const next = Math.min(acceptRetry, lastReads, grace);
+    if (idleTimeout === Infinity) return next;
+    const [oldest] = clients;
+    return oldest === undefined ? next : Math.min(next, oldest.since + idleTimeout);
+  }
+
+  /** How long select may wait, in milliseconds. */
+  function timeLeft(): number {
+    const next = nextDeadline();
+    return next === Infinity ? Infinity : next - performance.now();
   }
 
   function meetDeadlines(): void {
+    if (nextDeadline() === Infinity) return;
     const now = performance.now();
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after

@@ -136,7 +136,7 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
-    if (this.#handedOut >= BUDGET) await this.#turns(1);
+    if (this.#handedOut >= BUDGET / 8) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {
         // Each operation started may complete at once and lead to one more, hence half the budget in one turn.
@@ -296,7 +296,7 @@ type Completion =
 
 /** A pending read holds its buffer, so an idle client has a small one; a read that fills it gets a larger one next. */
 const SMALLEST_BUFFER = 4 * 1024;
-const LARGEST_BUFFER = 64 * 1024;
+const LARGEST_BUFFER = 32 * 1024;
 
 /** What the log says of a client for which the idle timeout is up. */
 const OVERDUE = { read: "silent", reply: "without its reply", write: "not reading its reply" };
@@ -443,10 +443,8 @@ export async function serve(
 
   function answer(client: Session, count: number): void {
     const { buffer } = client;
-    if (count === buffer.length) client.nextSize = Math.min(count * 4, LARGEST_BUFFER);
-    else if (count < buffer.length / 4) {
-      client.nextSize = Math.max(buffer.length / 4, SMALLEST_BUFFER);
-    }
+    if (count === buffer.length) client.nextSize = LARGEST_BUFFER;
+    else if (count < SMALLEST_BUFFER) client.nextSize = SMALLEST_BUFFER;
     totals.messages++;
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);

@@ -136,7 +136,8 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
-    if (this.#handedOut >= BUDGET / 8) await this.#turns(1);
+    // Now and then, the runtime gets a turn in any case: for timers, for signals, for who is waiting.
+    if (this.#handedOut >= BUDGET / 4) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {
         // Each operation started may complete at once and lead to one more, hence half the budget in one turn.
@@ -269,21 +270,6 @@ export interface Totals {
   bytes: number;
 }
 
-/** A client that is being served. Exactly one of its operations is pending at any time. */
-interface Session extends Client {
-  readonly conn: Connection;
-  /** For the log. */
-  readonly name: string;
-  /** What is pending, and since when. */
-  pending: "read" | "reply" | "write";
-  since: number;
-  /** What reads fill, and the size that the next read should have. */
-  buffer: Uint8Array;
-  nextSize: number;
-  /** The part of the reply that is still to be written. */
-  unsent: Uint8Array;
-}
-
 /** What select tells the loop. */
 type Completion =
   | { type: "accept"; listener: Listener; conn: Connection }
@@ -313,6 +299,40 @@ const LOST_BEFORE_ACCEPT = [
 
 /** Out of descriptors, how long to wait before accepting is tried again, in milliseconds. */
 const ACCEPT_RETRY = 1000;
+
+/**
+ * A client that is being served. Exactly one of its operations is pending at any time. The functions
+ * are made once a client, as making them once an operation would double the loop's garbage.
+ */
+class Session implements Client {
+  readonly id: number;
+  readonly conn: Connection;
+  readonly remoteAddr: Deno.Addr;
+  /** For the log. */
+  readonly name: string;
+  open = true;
+  /** What is pending, and since when. */
+  pending: "read" | "reply" | "write" = "read";
+  since = 0;
+  /** What reads fill, and the size that the next one should have. */
+  buffer = new Uint8Array(SMALLEST_BUFFER);
+  nextSize = SMALLEST_BUFFER;
+  /** The part of the reply that is still to be written. */
+  unsent: Uint8Array = new Uint8Array(0);
+
+  constructor(id: number, conn: Connection) {
+    this.id = id;
+    this.conn = conn;
+    this.remoteAddr = conn.remoteAddr;
+    this.name = `client ${id} (${formatAddress(this.remoteAddr)})`;
+  }
+
+  startRead = (): Promise<number | null> => this.conn.read(this.buffer);
+  hasRead = (count: number | null): Completion => ({ type: "read", client: this, count });
+  hasReplied = (bytes: Uint8Array): Completion => ({ type: "reply", client: this, bytes });
+  hasWritten = (count: number): Completion => ({ type: "write", client: this, count });
+  hasFailed = (error: unknown): Completion => ({ type: "client error", client: this, error });
+}
 
 /**
  * Serves every client of every listener, in one loop, until the signal aborts. Then it stops
@@ -365,7 +385,7 @@ export async function serve(
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select(timeLeft())) {
       // A client may have been closed while its completion was on its way.
-      if ("client" in completion && !clients.has(completion.client)) continue;
+      if ("client" in completion && !completion.client.open) continue;
       switch (completion.type) {
         case "accept": // a client has connected: watch for the next one, and for what this one says
           accept(completion.listener);
@@ -407,18 +427,7 @@ export async function serve(
   }
 
   function join(conn: Connection): Session {
-    const { remoteAddr } = conn;
-    const client: Session = {
-      id: ++totals.clients,
-      remoteAddr,
-      name: `client ${totals.clients} (${formatAddress(remoteAddr)})`,
-      conn,
-      pending: "read",
-      since: performance.now(),
-      buffer: new Uint8Array(0),
-      nextSize: SMALLEST_BUFFER,
-      unsent: new Uint8Array(0),
-    };
+    const client = new Session(++totals.clients, conn);
     clients.add(client);
     log("info", `${client.name} connected`);
     try {
@@ -434,11 +443,7 @@ export async function serve(
     wait(client, "read");
     if (client.buffer.length !== client.nextSize) client.buffer = new Uint8Array(client.nextSize);
     // In the next round: nobody is read from again before everybody who is ready has been.
-    selector.watchNextRound(
-      () => client.conn.read(client.buffer),
-      (count) => ({ type: "read", client, count }),
-      (error) => ({ type: "client error", client, error }),
-    );
+    selector.watchNextRound(client.startRead, client.hasRead, client.hasFailed);
   }
 
   function answer(client: Session, count: number): void {
@@ -452,11 +457,7 @@ export async function serve(
     try {
       const bytes = reply(buffer.subarray(0, count), client);
       if (bytes instanceof Uint8Array) return write(client, bytes);
-      selector.watch(
-        Promise.resolve(bytes),
-        (bytes) => ({ type: "reply", client, bytes }),
-        (error) => ({ type: "client error", client, error }),
-      );
+      selector.watch(Promise.resolve(bytes), client.hasReplied, client.hasFailed);
     } catch (error) {
       fail(client, error);
     }
@@ -472,11 +473,7 @@ export async function serve(
     client.unsent = bytes;
     if (bytes.length === 0) return read(client);
     wait(client, "write");
-    selector.watch(
-      client.conn.write(bytes),
-      (count) => ({ type: "write", client, count }),
-      (error) => ({ type: "client error", client, error }),
-    );
+    selector.watch(client.conn.write(bytes), client.hasWritten, client.hasFailed);
   }
 
   function wrote(client: Session, count: number): void {
@@ -491,6 +488,7 @@ export async function serve(
 
   function leave(client: Session, why: string, level: keyof Logger = "info"): void {
     clients.delete(client);
+    client.open = false;
     client.conn.close();
     log(level, `${client.name} disconnected: ${why}`);
     acceptAgain(); // there is a descriptor to spare now

@@ -137,7 +137,7 @@ export class Selector<T> {
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
     // Now and then, the runtime gets a turn in any case: for timers, for signals, for who is waiting.
-    if (this.#handedOut >= BUDGET / 4) await this.#turns(1);
+    if (this.#handedOut >= BUDGET / 8) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {
         // Each operation started may complete at once and lead to one more, hence half the budget in one turn.

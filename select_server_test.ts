@@ -4,6 +4,7 @@
  */
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "@std/assert";
 import { connect as connectNode } from "node:net";
+import readme from "./README.md" with { type: "text" };
 import { type Report, runClients, testMessages } from "./echo_client.ts";
 import {
   type Connection,
@@ -970,6 +971,7 @@ function spawn(script: string, args: string[], permission = "--allow-net"): Deno
   return new Deno.Command(Deno.execPath(), {
     args: [...run, ...args],
     env: { NO_COLOR: "1" },
+    stdin: "piped",
     stdout: "piped",
     stderr: "piped",
   }).spawn();
@@ -1198,3 +1200,104 @@ Deno.test("the server goes on when nobody reads its log any more", withRun, asyn
   assertEquals((await child.status).code, 0);
   assertEquals(await new Response(child.stderr).text(), "");
 });
+
+// ---- The README
+
+/** The programs that the README prints under a heading. */
+function programs(heading: string): string[] {
+  const [, section] = readme.split(`\n## ${heading}\n`);
+  return [...section.split("\n## ")[0].matchAll(/^```ts\n(.*?)^```$/gms)].map(([, text]) => text);
+}
+
+/** Runs a program as it is printed, as if it stood in a file beside the scripts. */
+function runPrinted(text: string, args: string[] = []) {
+  const beside = text.replaceAll(
+    '"./select_server.ts"',
+    `"${import.meta.resolve("./select_server.ts")}"`,
+  );
+  return command(`data:application/typescript,${encodeURIComponent(beside)}`, args);
+}
+
+async function portOf(log: Log): Promise<number> {
+  return Number(/\d+$/.exec(await log.line(/listening on 127/)));
+}
+
+async function say(conn: Deno.Conn, text: string): Promise<void> {
+  await conn.write(encode(text));
+}
+
+async function hear(conn: Deno.Conn): Promise<string> {
+  const buffer = new Uint8Array(1000);
+  return decode(buffer.subarray(0, await conn.read(buffer) ?? 0));
+}
+
+Deno.test("the README's upper-casing server does what it says", withRun, async () => {
+  const [text] = programs("Make it yours");
+  const { log, child } = runPrinted(text, ["0"]);
+  using conn = await Deno.connect({ port: await portOf(log) });
+  await say(conn, "spam");
+  assertEquals(await hear(conn), "SPAM");
+  child.kill();
+  await child.status;
+});
+
+Deno.test("the README's party line broadcasts what is said", withRun, async () => {
+  const [, text] = programs("Make it yours");
+  const { log, child } = runPrinted(text, ["0"]);
+  const port = await portOf(log);
+  using ann = await Deno.connect({ port });
+  using bob = await Deno.connect({ port });
+  using eve = await Deno.connect({ port });
+  await say(ann, "hello");
+  await log.line(/client 1 .* sent 5 bytes/);
+  await say(bob, "hi");
+  assertEquals(await hear(ann), "hi");
+  await say(eve, "quiet!");
+  assertEquals(await hear(bob), "quiet!");
+  child.kill();
+  await child.status;
+});
+
+Deno.test("the README's server listens to its terminal in the same select", withRun, async () => {
+  const [, , text] = programs("Make it yours");
+  const { log, child, ended } = runPrinted(text, ["0"]);
+  const keyboard = child.stdin.getWriter();
+  await assertEchoed(await portOf(log));
+  await keyboard.write(encode("still there?\n"));
+  await log.line(/^info still there\?$/);
+  await assertEchoed(await portOf(log), "quit\n"); // only the terminal may say so
+  await keyboard.write(encode("quit\n"));
+  assertEquals(await ended(), 0);
+  await keyboard.close().catch(() => {}); // the other end is closed
+});
+
+const printedServers = [
+  "Why not just Promise.race",
+  "Why the obvious loop starves people, and dies",
+];
+for (const heading of printedServers) {
+  Deno.test(`the README's server under "${heading}" echoes`, withRun, async () => {
+    const [text] = programs(heading);
+    const { log, child } = runPrinted(text, ["0"]);
+    await assertEchoed(await portOf(log));
+    child.kill();
+    await child.status;
+  });
+}
+
+// ---- How fast (deno bench)
+
+for (const pending of [10, 100, 1000, 10_000]) {
+  const group = `${pending} promises pending, one settles a turn`;
+  const never = Array.from({ length: pending - 1 }, () => new Promise<number>(() => {}));
+  const selector = new Selector<number>();
+  for (const promise of never) selector.watch(promise, (value) => value, () => -1);
+  const n = 200; // no more: each race leaves a subscription behind at every pending promise
+  Deno.bench({ name: `Selector, ${pending}`, group, baseline: true, n }, async () => {
+    selector.watch(Promise.resolve(1), (value) => value, () => -1);
+    await selector.select();
+  });
+  Deno.bench({ name: `Promise.race, ${pending}`, group, n }, async () => {
+    await Promise.race([...never, Promise.resolve(1)]);
+  });
+}

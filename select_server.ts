@@ -26,41 +26,40 @@ import { parseArgs } from "jsr:@std/cli@^1/parse-args";
 // ---- The selector
 
 /**
- * How many completions are handed out before the runtime gets a turn of its own. A tokio task may complete 128 I/O
- * operations each time it runs, and what it has ready beyond that is put off (`tokio::task::coop`); staying a little
- * below leaves room for operations that are not ours.
+ * How many operations may complete in one wake-up before others are put off. tokio lets a task
+ * complete 128 I/O operations each time it runs (`tokio::task::coop`); staying a little below that
+ * leaves room for operations that are not ours.
  */
 const BUDGET = 120;
 
 /**
- * So many turns in a row without a completion mean that nobody is being put off. Operations over the budget are looked
- * at again after tokio next asks the system what is ready, which a busy program lets it do every 61 task runs (its
+ * So many turns bring in those who were put off. They are looked at again after tokio has next asked
+ * the system what is ready, which a busy program lets it do every 61 task runs (its
  * `event_interval`).
  */
-const QUIET_TURNS = 64;
+const CATCH_UP_TURNS = 64;
 
 /**
- * select() for promises: watch operations as they start, then ask again and again which of them have completed.
+ * select() for promises: watch operations as they start, then ask again and again which of them have
+ * completed.
  *
- * Where select(2) tells that a socket is *ready* for an operation, a selector tells that an operation is *complete*,
- * as `T`, which is yours to choose; a discriminated union serves well. Each promise is subscribed to once, so a call of
- * {@linkcode Selector.select} costs what has completed, however much else is pending (`Promise.race` subscribes to all
- * of it again, each time).
+ * Where select(2) tells that a socket is *ready* for an operation, a selector tells that an operation
+ * is *complete*, as a `T`, which is yours to choose; a discriminated union serves well. Each promise
+ * is subscribed to once, so a call of {@linkcode Selector.select} costs what has completed, however
+ * much else is pending. (`Promise.race` subscribes to all of it again, each time.)
  *
- * It goes in rounds, so that nobody starves: an operation given to {@linkcode Selector.watchNextRound} starts when
- * everything that was ready before it has been handed out.
+ * Nobody starves, as it goes in rounds: what is given to {@linkcode Selector.watchNextRound} starts
+ * when everything that was ready before has been handed out.
  *
  * @example Wait for whatever comes first
  * ```ts
  * import { Selector } from "./select_server.ts";
  *
  * const selector = new Selector<string>();
- * for (const text of ["one", "two"]) {
- *   selector.watch(Promise.resolve(text), (value) => `got ${value}`, (reason) => `lost ${text}: ${reason}`);
- * }
- * selector.watch(Promise.reject("gone"), () => "never", (reason) => `rejected: ${reason}`);
- * console.log(await selector.select()); // [ "got one", "got two", "rejected: gone" ]
- * console.log(await selector.select(10)); // []: nothing completed within 10 ms
+ * selector.watch(Promise.resolve(1), (value) => `got ${value}`, String);
+ * selector.watch(Promise.reject("gone"), String, (reason) => `rejected: ${reason}`);
+ * console.log(await selector.select()); // [ "got 1", "rejected: gone" ]
+ * console.log(await selector.select(10)); // []: nothing has completed within 10 ms
  * ```
  */
 export class Selector<T> {
@@ -72,15 +71,16 @@ export class Selector<T> {
   #nextRound: (() => void)[] = [];
   /** Handed out since the runtime last had a turn. */
   #handedOut = 0;
-  /** Turns to take before the next round, as the last wake-up used up the budget and may have left somebody out. */
+  /** Turns to take before the next round, as a wake-up used up the budget. */
   #turnsOwed = 0;
   /** Ends the wait of the pending `select`. */
   #wake?: () => void;
   #selecting = false;
 
   /**
-   * Watches an operation that has started. What it comes to is turned into a completion by `fulfilled` or `rejected`
-   * (the two functions that `then` takes; they must not throw), and comes out of {@linkcode Selector.select} once.
+   * Watches an operation that has started. `fulfilled` or `rejected` (the two functions that `then`
+   * takes; they must not throw) makes a completion of what it comes to, which comes out of
+   * {@linkcode Selector.select} once.
    *
    * @param promise The pending operation.
    * @param fulfilled Makes a completion of the value.
@@ -98,9 +98,9 @@ export class Selector<T> {
   }
 
   /**
-   * Starts an operation, and watches it, once everything that is ready now has been handed out by
-   * {@linkcode Selector.select}. A client read from in this way is not served a second time before everybody who is
-   * ready has been served once.
+   * Starts an operation, and watches it, once {@linkcode Selector.select} has handed out everything
+   * that is ready now. A client that is read from in this way is not served a second time before
+   * everybody who is ready has been served once.
    *
    * @param start Starts the operation. What it throws counts as a rejection.
    * @param fulfilled Makes a completion of the value.
@@ -121,11 +121,13 @@ export class Selector<T> {
   }
 
   /**
-   * Waits until something has completed, and resolves to all that has since the last call, in order of completion.
+   * Waits until something has completed, and resolves to all that has since the last call, in order
+   * of completion.
    *
-   * @param timeout The longest wait in milliseconds, as `select`'s fourth argument is in seconds: without it, wait for
-   * as long as it takes; 0 (or less) polls, and takes what the runtime has ready to deliver. Waits of more than
-   * 2,147,483,647 ms, the most that the HTML standard's timers count, may end early.
+   * @param timeout The longest wait in milliseconds (`select`'s fourth argument, which is in seconds).
+   * Without it, it waits for as long as it takes; 0 or less polls, and takes what the runtime has
+   * ready to deliver. A wait beyond 2,147,483,647 ms, the most that the HTML standard's timers count,
+   * may end then.
    * @returns The completions; an empty list means that the time is up.
    * @throws {RangeError} If `timeout` is not a number.
    * @throws {Deno.errors.Busy} If an earlier call is still waiting.
@@ -136,11 +138,11 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
-    // Now and then, the runtime gets a turn in any case: for timers, for signals, for who is waiting.
+    // In any case the runtime gets a turn often: for timers, for signals, for those who are waiting.
     if (this.#handedOut >= BUDGET / 8) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {
-        // Each operation started may complete at once and lead to one more, hence half the budget in one turn.
+        // Half the budget in one turn: each may complete at once, and lead to one more operation.
         for (const start of this.#round.splice(0, BUDGET / 2)) start();
         if (this.#round.length > 0) await this.#turns(1);
       } else if (this.#turnsOwed > 0) {
@@ -154,7 +156,7 @@ export class Selector<T> {
     const completions = this.#ready;
     this.#ready = [];
     this.#handedOut += completions.length;
-    if (completions.length >= BUDGET) this.#turnsOwed = QUIET_TURNS;
+    if (completions.length >= BUDGET) this.#turnsOwed = CATCH_UP_TURNS;
     this.#selecting = false;
     return completions;
   }
@@ -164,7 +166,7 @@ export class Selector<T> {
     this.#wake?.();
   }
 
-  /** Lets the runtime take its turn until something completes, at most `most` times; resolves to how many it took. */
+  /** Gives the runtime turns until something completes; resolves to how many it took. */
   #turns(most: number): Promise<number> {
     this.#handedOut = 0;
     const { promise, resolve } = Promise.withResolvers<number>();
@@ -189,7 +191,7 @@ export class Selector<T> {
       clearTimeout(timer);
       this.#wake = undefined;
     } else {
-      await this.#turns(QUIET_TURNS);
+      await this.#turns(CATCH_UP_TURNS);
     }
     return this.#ready.length > 0;
   }
@@ -280,7 +282,7 @@ type Completion =
   | { type: "client error"; client: Session; error: unknown }
   | { type: "abort" };
 
-/** A pending read holds its buffer, so an idle client has a small one; a read that fills it gets a larger one next. */
+/** A pending read holds its buffer, so that of an idle client is small. One that was full grows. */
 const SMALLEST_BUFFER = 4 * 1024;
 const LARGEST_BUFFER = 32 * 1024;
 
@@ -431,7 +433,7 @@ export async function serve(
     clients.add(client);
     log("info", `${client.name} connected`);
     try {
-      conn.setNoDelay?.(); // or a reply's last segment waits for the client's delayed acknowledgement (RFC 896)
+      conn.setNoDelay?.(); // or a reply may wait for the acknowledgement of the one before (RFC 896)
     } catch {
       // A client that has reset already: its read says so.
     }
@@ -525,7 +527,13 @@ export async function serve(
 
   function stop(): void {
     log("info", `stopping: ${clients.size} clients are connected`);
-    for (const listener of listening) listener.close();
+    for (const listener of listening) {
+      try {
+        listener.close();
+      } catch {
+        // Somebody else has closed it: it is as we want it.
+      }
+    }
     listening.clear();
     paused.clear();
     const now = performance.now();
@@ -679,12 +687,12 @@ export function stamp(bytes: Uint8Array): Uint8Array {
   return reply;
 }
 
-/** A transaction that takes so many milliseconds; it is cut short when the server stops. */
+/** Makes every transaction take so many milliseconds, but not longer than the server runs. */
 function delayed(reply: Reply, ms: number, signal: AbortSignal): Reply {
   return async (bytes, client) => {
     const { promise, resolve } = Promise.withResolvers<void>();
     const done = () => resolve();
-    const timer = setTimeout(done, ms);
+    const timer = setTimeout(done, signal.aborted ? 0 : ms);
     signal.addEventListener("abort", done);
     await promise;
     clearTimeout(timer);

@@ -25,7 +25,7 @@ export interface RunOptions {
   ports: number[];
   /** How many concurrent clients. */
   clients: number;
-  /** Makes the message that a client sends next, or nothing when it has sent all. */
+  /** Makes the next message of a client, of at least one byte; nothing when it has sent all. */
   message: (client: number, index: number) => Uint8Array | undefined;
   /** How long a connect or an echo may take, in milliseconds. */
   timeout: number;
@@ -175,7 +175,11 @@ export async function runClients(options: RunOptions): Promise<Report> {
   function open(id: number, conn: Deno.TcpConn): void {
     const buffer = new Uint8Array(BUFFER_SIZE);
     const client = { id, since: 0, conn, buffer, message: undefined, returned: 0, echoes: 0 };
-    conn.setNoDelay();
+    try {
+      conn.setNoDelay();
+    } catch {
+      // The server has reset already: the read says so.
+    }
     send(client);
     read(client);
   }

@@ -266,7 +266,7 @@ export interface ServeOptions {
 export interface Totals {
   /** Clients accepted. */
   clients: number;
-  /** Messages answered, a message being what one read brought. */
+  /** Messages read, a message being what one read brought. */
   messages: number;
   /** Bytes read. */
   bytes: number;
@@ -341,7 +341,11 @@ class Session implements Client {
  * listening, sends the replies that it owes, and closes everything.
  *
  * Trouble with one client closes that client and nothing else. One that resets before it has been
- * accepted is forgotten; when descriptors run out, accepting pauses until a client leaves.
+ * accepted is forgotten; when accepting fails for another reason, as when descriptors run out, it
+ * pauses until a client leaves or a second has passed.
+ *
+ * When it stops it reads no more than what arrives within a tenth of a second: a client that has
+ * sent ahead of its replies may find its connection reset after the one that is owed.
  *
  * @param listeners Where clients are accepted. The server closes them when it stops.
  * @param options The reply function, the idle timeout, the signal and the log.
@@ -372,6 +376,7 @@ export async function serve(
   const clients = new Set<Session>(); // whoever has been waited for longest comes first
   const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
   let closing = false; // after the last reads: what is owed is written, nothing more is read
+  let overdue = false; // a deadline had passed when select was last called, so that it only polled
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
 
   const aborted = Promise.withResolvers<void>();
@@ -467,10 +472,7 @@ export async function serve(
 
   function write(client: Session, bytes: Uint8Array): void {
     if (!(bytes instanceof Uint8Array)) {
-      return fail(
-        client,
-        new TypeError(`the reply is ${Deno.inspect(bytes)}, expected a Uint8Array`),
-      );
+      return fail(client, new TypeError(`the reply is ${describe(bytes)}, expected a Uint8Array`));
     }
     client.unsent = bytes;
     if (bytes.length === 0) return read(client);
@@ -491,7 +493,11 @@ export async function serve(
   function leave(client: Session, why: string, level: keyof Logger = "info"): void {
     clients.delete(client);
     client.open = false;
-    client.conn.close();
+    try {
+      client.conn.close();
+    } catch {
+      // Somebody else has closed it: it is as we want it.
+    }
     log(level, `${client.name} disconnected: ${why}`);
     acceptAgain(); // there is a descriptor to spare now
   }
@@ -554,11 +560,14 @@ export async function serve(
   /** How long select may wait, in milliseconds. */
   function timeLeft(): number {
     const next = nextDeadline();
-    return next === Infinity ? Infinity : next - performance.now();
+    const left = next === Infinity ? Infinity : next - performance.now();
+    overdue = left <= 0;
+    return left;
   }
 
   function meetDeadlines(): void {
-    if (nextDeadline() === Infinity) return;
+    // Not before a poll: the loop may be late, and what has come in time counts.
+    if (!overdue) return;
     const now = performance.now();
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after
@@ -583,7 +592,8 @@ export async function serve(
 
   function log(level: keyof Logger, line: string): void {
     try {
-      logger[level]?.(line);
+      const logged: unknown = logger[level]?.(line);
+      if (logged instanceof Promise) logged.catch(() => {}); // as below
     } catch {
       // A log that cannot be written must not cost any client its connection.
     }
@@ -595,8 +605,14 @@ function formatAddress(addr: Deno.Addr): string {
   return `${addr.hostname.includes(":") ? `[${addr.hostname}]` : addr.hostname}:${addr.port}`;
 }
 
+/** One line that tells what went wrong, whatever was thrown, and whatever it quotes. */
 function describe(error: unknown): string {
-  return error instanceof Error ? `${error.name}: ${error.message}` : Deno.inspect(error);
+  try {
+    const text = error instanceof Error ? `${error.name}: ${error.message}` : Deno.inspect(error);
+    return text.replace(/\p{Cc}+/gu, " ");
+  } catch {
+    return "an error that cannot be shown"; // its message, or what shows it, throws
+  }
 }
 
 /** Where to {@linkcode listen}. */

@@ -529,6 +529,16 @@ const failingReplies: [string, () => Uint8Array | Promise<Uint8Array>, RegExp][]
   }, /error client 1 \(192\.0\.2\.1:4711\) disconnected: reply failed: Error: out of order/],
   ["rejects", () => Promise.reject("reasons"), /error client 1 .*: reply failed: "reasons"/],
   // What a caller without types may do:
+  ["throws what cannot be shown", () => {
+    throw Object.defineProperty(new Error(), "message", {
+      get() {
+        throw new Error("no message");
+      },
+    });
+  }, /error client 1 .*: reply failed: an error that cannot be shown/],
+  ["throws two lines", () => {
+    throw new Error("one\nclient 9 (forged)");
+  }, /error client 1 .*: reply failed: Error: one client 9 \(forged\)$/],
   ["is no bytes", JSON.parse.bind(null, '"text"'), /reply failed: TypeError: the reply is "text"/],
   ["never settles", () => new Promise(() => {}), /info client 1 .*: without its reply for 0.02 s/],
 ];
@@ -563,6 +573,31 @@ Deno.test("a log that throws does not stop the loop", async () => {
     logger: { error: fail, info: fail, debug: fail },
   });
   await assertServed(server.listener.connect());
+});
+
+Deno.test("a log that rejects does not stop the loop", async () => {
+  const reject = () => Promise.reject(new Error("disk full"));
+  await using server = start([new TestListener()], {
+    logger: { error: reject, info: reject, debug: reject },
+  });
+  await assertServed(server.listener.connect());
+});
+
+Deno.test("what has come in time counts, though the loop was late to look", async () => {
+  const first = new TestConnection();
+  await using server = start([new TestListener()], {
+    idleTimeout: 30,
+    reply: (bytes, client) => {
+      if (client.id === 1) return bytes;
+      const late = performance.now() + 60;
+      while (performance.now() < late); // blocks the loop beyond the first client's time
+      first.send("in time");
+      return bytes;
+    },
+  });
+  server.listener.connect(first);
+  server.listener.connect().send("block");
+  assertEquals(await first.written.take(), "in time");
 });
 
 Deno.test("transactions overlap: the quick one is not kept waiting by the slow one", async () => {

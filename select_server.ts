@@ -207,6 +207,8 @@ export interface Connection {
   read(buffer: Uint8Array): Promise<number | null>;
   /** Resolves to the number of bytes taken from `bytes`, which may be only a part of them. */
   write(bytes: Uint8Array): Promise<number>;
+  /** Sends the end of the stream, and leaves reading open, where the connection can do so. */
+  closeWrite?(): Promise<void>;
   /** Closes both directions. */
   close(): void;
   /** Sends small writes at once (TCP_NODELAY), where the connection knows of that. */
@@ -313,6 +315,7 @@ class Session implements Client {
   /** For the log. */
   readonly name: string;
   open = true;
+  halfClosed = false;
   /** What is pending, and since when. */
   pending: "read" | "reply" | "write" = "read";
   since = 0;
@@ -343,9 +346,6 @@ class Session implements Client {
  * Trouble with one client closes that client and nothing else. One that resets before it has been
  * accepted is forgotten; when accepting fails for another reason, as when descriptors run out, it
  * pauses until a client leaves or a second has passed.
- *
- * When it stops it reads no more than what arrives within a tenth of a second: a client that has
- * sent ahead of its replies may find its connection reset after the one that is owed.
  *
  * @param listeners Where clients are accepted. The server closes them when it stops.
  * @param options The reply function, the idle timeout, the signal and the log.
@@ -446,14 +446,27 @@ export async function serve(
   }
 
   function read(client: Session): void {
-    if (closing) return leave(client, "the server stops");
+    if (closing && !client.halfClosed) return halfClose(client);
     wait(client, "read");
     if (client.buffer.length !== client.nextSize) client.buffer = new Uint8Array(client.nextSize);
     // In the next round: nobody is read from again before everybody who is ready has been.
     selector.watchNextRound(client.startRead, client.hasRead, client.hasFailed);
   }
 
+  /**
+   * Ends our side after the last reply. The client's is read to its end, unanswered: to close with
+   * bytes unread resets the connection, and the reply that is on its way with it (RFC 1122, 4.2.2.13).
+   */
+  function halfClose(client: Session): void {
+    if (client.conn.closeWrite === undefined) return leave(client, "the server stops");
+    client.halfClosed = true;
+    client.unsent = new Uint8Array(0);
+    wait(client, "write");
+    selector.watch(client.conn.closeWrite(), () => client.hasWritten(0), client.hasFailed);
+  }
+
   function answer(client: Session, count: number): void {
+    if (client.halfClosed) return read(client);
     const { buffer } = client;
     if (count === buffer.length) client.nextSize = LARGEST_BUFFER;
     else if (count < SMALLEST_BUFFER) client.nextSize = SMALLEST_BUFFER;

@@ -873,6 +873,29 @@ Deno.test("a very large reply arrives whole", withNet, async () => {
 });
 
 Deno.test(
+  "an abort loses no owed reply of a client that has sent ahead of it",
+  withNet,
+  async () => {
+    const owed = Promise.withResolvers<Uint8Array>();
+    await using server = startOnSockets({ reply: () => owed.promise });
+    using conn = await Deno.connect({ port: server.port });
+    using idle = await Deno.connect({ port: server.port });
+    await conn.write(encode("first"));
+    await server.log.line(/sent 5 bytes/);
+    await conn.write(encode("second"));
+    const totals = server.stop();
+    assertEquals(await idle.read(new Uint8Array(1)), null); // nothing more is read now
+    owed.resolve(new Uint8Array(2_000_000));
+    const buffer = new Uint8Array(65536);
+    let received = 0;
+    for (let n: number | null = 0; n !== null; n = await conn.read(buffer)) received += n;
+    assertEquals(received, 2_000_000);
+    conn.closeWrite();
+    assertEquals((await totals).messages, 1);
+  },
+);
+
+Deno.test(
   "an abort during load loses no reply that is owed, and ends with every client closed",
   withNet,
   async () => {

@@ -8,7 +8,7 @@
  * deno run --allow-net select_server.ts
  * ```
  *
- * @example Serve something else than echoes
+ * @example Serve something other than echoes
  * ```ts
  * import { listen, serve } from "./select_server.ts";
  *
@@ -138,7 +138,8 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
-    // In any case the runtime gets a turn often: for timers, for signals, for those who are waiting.
+    // Long before the budget is used up: an accept takes longer than an echo, and a flood of them
+    // must leave turns to timers, to signals, and to those who are waiting.
     if (this.#handedOut >= BUDGET / 8) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {

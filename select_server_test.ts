@@ -204,12 +204,10 @@ async function serveCrowd(again: "watch" | "watchNextRound"): Promise<number[]> 
   await using runtime = new BusyRuntime();
   const selector = new Selector<number>();
   const served = new Array<number>(1000).fill(0);
-  const started = new Set<number>();
   const start = (id: number) => {
     const begin = () => runtime.start();
     if (again === "watch") selector.watch(begin(), () => id, () => -1);
     else selector.watchNextRound(begin, () => id, () => -1);
-    started.add(id);
   };
   for (let id = 0; id < served.length; id++) start(id);
   for (let total = 0; total < 100 * served.length;) {
@@ -890,7 +888,7 @@ Deno.test(
     let received = 0;
     for (let n: number | null = 0; n !== null; n = await conn.read(buffer)) received += n;
     assertEquals(received, 2_000_000);
-    conn.closeWrite();
+    await conn.closeWrite();
     assertEquals((await totals).messages, 1);
   },
 );

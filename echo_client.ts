@@ -208,11 +208,11 @@ export async function runClients(options: RunOptions): Promise<Report> {
   }
 
   function read(client: Client): void {
-    selector.watchNextRound(
+    selector.register(
       () => client.conn.read(client.buffer),
       (count) => ({ type: "read", client, count }),
       (error) => ({ type: "error", client, error }),
-    );
+    ).startNextRound();
   }
 
   function receive(client: Client, count: number | null): void {

@@ -39,6 +39,14 @@ const BUDGET = 120;
  */
 const CATCH_UP_TURNS = 64;
 
+/** An operation that is {@linkcode Selector.register}ed, to be done again and again. */
+export interface Operation {
+  /** Starts it. What comes of it, once, is a completion. */
+  start(): void;
+  /** Starts it when {@linkcode Selector.select} has handed out everything that is ready. */
+  startNextRound(): void;
+}
+
 /**
  * select() for promises: watch operations as they start, then ask again and again which of them have
  * completed.
@@ -48,8 +56,8 @@ const CATCH_UP_TURNS = 64;
  * is subscribed to once, so a call of {@linkcode Selector.select} costs what has completed, however
  * much else is pending. (`Promise.race` subscribes to all of it again, each time.)
  *
- * Nobody starves, as it goes in rounds: what is given to {@linkcode Selector.watchNextRound} starts
- * when everything that was ready before has been handed out.
+ * Nobody starves, as it goes in rounds: what is started by {@linkcode Operation.startNextRound}
+ * starts when everything that was ready before has been handed out.
  *
  * @example Wait for whatever comes first
  * ```ts
@@ -65,9 +73,10 @@ const CATCH_UP_TURNS = 64;
 export class Selector<T> {
   /** Completed, in that order, and not yet handed out. */
   #ready: T[] = [];
-  /** Still to be started in this round. */
+  /** What starts in this round, and how much of it has started. */
   #round: (() => void)[] = [];
-  /** To be started in the next one. */
+  #started = 0;
+  /** What starts in the next one. */
   #nextRound: (() => void)[] = [];
   /** Handed out since the runtime last had a turn. */
   #handedOut = 0;
@@ -98,26 +107,31 @@ export class Selector<T> {
   }
 
   /**
-   * Starts an operation, and watches it, once {@linkcode Selector.select} has handed out everything
-   * that is ready now. A client that is read from in this way is not served a second time before
-   * everybody who is ready has been served once.
+   * Registers an operation that is done again and again, as the reads of one client are. If they all
+   * start in the next round, no client is read from a second time before everybody who is ready has
+   * been read from once.
    *
    * @param start Starts the operation. What it throws counts as a rejection.
    * @param fulfilled Makes a completion of the value.
    * @param rejected Makes a completion of the reason.
+   * @returns The operation, not started yet.
    */
-  watchNextRound<V>(
+  register<V>(
     start: () => Promise<V>,
     fulfilled: (value: V) => T,
     rejected: (reason: unknown) => T,
-  ): void {
-    this.#nextRound.push(() => {
+  ): Operation {
+    // Made once, as functions made at every start would be most of the loop's garbage.
+    const onFulfilled = (value: V) => this.#complete(fulfilled(value));
+    const onRejected = (reason: unknown) => this.#complete(rejected(reason));
+    const startNow = () => {
       try {
-        this.watch(start(), fulfilled, rejected);
+        start().then(onFulfilled, onRejected);
       } catch (reason) {
-        this.#complete(rejected(reason));
+        onRejected(reason);
       }
-    });
+    };
+    return { start: startNow, startNextRound: () => void this.#nextRound.push(startNow) };
   }
 
   /**
@@ -138,25 +152,26 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
-    // Long before the budget is used up: an accept takes longer than an echo, and a flood of them
-    // must leave turns to timers, to signals, and to those who are waiting.
-    if (this.#handedOut >= BUDGET / 8) await this.#turns(1);
+    if (this.#handedOut >= BUDGET) await this.#turns(1);
     while (this.#ready.length === 0) {
-      if (this.#round.length > 0) {
+      if (this.#started < this.#round.length) {
         // Half the budget in one turn: each may complete at once, and lead to one more operation.
-        for (const start of this.#round.splice(0, BUDGET / 2)) start();
-        if (this.#round.length > 0) await this.#turns(1);
+        const end = Math.min(this.#started + BUDGET / 2, this.#round.length);
+        while (this.#started < end) this.#round[this.#started++]();
+        if (end < this.#round.length) await this.#turns(1);
       } else if (this.#turnsOwed > 0) {
         this.#turnsOwed -= await this.#turns(this.#turnsOwed);
       } else if (this.#nextRound.length > 0) {
-        [this.#round, this.#nextRound] = [this.#nextRound, []];
+        [this.#round, this.#nextRound, this.#started] = [this.#nextRound, [], 0];
       } else if (!await this.#wait(timeout)) {
         break;
       }
     }
     const completions = this.#ready;
     this.#ready = [];
-    this.#handedOut += completions.length;
+    // Accepts come one by one and take longer than echoes: a flood of them must leave turns to
+    // timers, to signals, and to those who are waiting.
+    this.#handedOut += Math.max(completions.length, BUDGET / 8);
     if (completions.length >= BUDGET) this.#turnsOwed = CATCH_UP_TURNS;
     this.#selecting = false;
     return completions;
@@ -326,17 +341,26 @@ class Session implements Client {
   /** The part of the reply that is still to be written. */
   unsent: Uint8Array = new Uint8Array(0);
 
-  constructor(id: number, conn: Connection) {
+  readonly read: Operation;
+  readonly write: Operation;
+
+  constructor(id: number, conn: Connection, selector: Selector<Completion>) {
     this.id = id;
     this.conn = conn;
     this.remoteAddr = conn.remoteAddr;
     this.name = `client ${id} (${formatAddress(this.remoteAddr)})`;
+    this.read = selector.register(
+      () => conn.read(this.buffer),
+      (count) => ({ type: "read", client: this, count }),
+      this.hasFailed,
+    );
+    this.write = selector.register(
+      () => conn.write(this.unsent),
+      (count) => ({ type: "write", client: this, count }),
+      this.hasFailed,
+    );
   }
 
-  startRead = (): Promise<number | null> => this.conn.read(this.buffer);
-  hasRead = (count: number | null): Completion => ({ type: "read", client: this, count });
-  hasReplied = (bytes: Uint8Array): Completion => ({ type: "reply", client: this, bytes });
-  hasWritten = (count: number): Completion => ({ type: "write", client: this, count });
   hasFailed = (error: unknown): Completion => ({ type: "client error", client: this, error });
 }
 
@@ -435,7 +459,7 @@ export async function serve(
   }
 
   function join(conn: Connection): Session {
-    const client = new Session(++totals.clients, conn);
+    const client = new Session(++totals.clients, conn, selector);
     clients.add(client);
     log("info", `${client.name} connected`);
     try {
@@ -451,7 +475,7 @@ export async function serve(
     wait(client, "read");
     if (client.buffer.length !== client.nextSize) client.buffer = new Uint8Array(client.nextSize);
     // In the next round: nobody is read from again before everybody who is ready has been.
-    selector.watchNextRound(client.startRead, client.hasRead, client.hasFailed);
+    client.read.startNextRound();
   }
 
   /**
@@ -463,7 +487,11 @@ export async function serve(
     client.halfClosed = true;
     client.unsent = new Uint8Array(0);
     wait(client, "write");
-    selector.watch(client.conn.closeWrite(), () => client.hasWritten(0), client.hasFailed);
+    selector.watch(
+      client.conn.closeWrite(),
+      () => ({ type: "write", client, count: 0 }),
+      client.hasFailed,
+    );
   }
 
   function answer(client: Session, count: number): void {
@@ -478,7 +506,11 @@ export async function serve(
     try {
       const bytes = reply(buffer.subarray(0, count), client);
       if (bytes instanceof Uint8Array) return write(client, bytes);
-      selector.watch(Promise.resolve(bytes), client.hasReplied, client.hasFailed);
+      selector.watch(
+        Promise.resolve(bytes),
+        (bytes) => ({ type: "reply", client, bytes }),
+        client.hasFailed,
+      );
     } catch (error) {
       fail(client, error);
     }
@@ -491,7 +523,7 @@ export async function serve(
     client.unsent = bytes;
     if (bytes.length === 0) return read(client);
     wait(client, "write");
-    selector.watch(client.conn.write(bytes), client.hasWritten, client.hasFailed);
+    client.write.start();
   }
 
   function wrote(client: Session, count: number): void {

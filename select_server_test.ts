@@ -10,6 +10,7 @@ import {
   type Connection,
   listen,
   type Listener,
+  type Operation,
   Selector,
   serve,
   type ServeOptions,
@@ -143,34 +144,39 @@ Deno.test("each promise is subscribed to once, however often select is called", 
   assertEquals(subscriptions, 1);
 });
 
-Deno.test("an operation of the next round starts when all that is ready has been handed out", async () => {
+Deno.test("a registered operation starts, once a call, when all that is ready has been handed out", async () => {
   const selector = new Selector<string>();
-  let started = false;
-  selector.watchNextRound(
-    () => {
-      started = true;
-      return Promise.resolve(2);
-    },
-    (value) => `next: ${value}`,
+  let started = 0;
+  const operation = selector.register(
+    () => Promise.resolve(++started),
+    (value) => `start ${value}`,
     String,
   );
-  watchNamed(selector, "ready", Promise.resolve(1));
-  await tick();
-  assertEquals(await selector.select(), ["ready: 1"]);
-  assertEquals(started, false);
-  assertEquals(await selector.select(), ["next: 2"]);
+  for (const round of [1, 2]) {
+    operation.startNextRound();
+    watchNamed(selector, "ready", Promise.resolve(round));
+    await tick();
+    assertEquals(await selector.select(), [`ready: ${round}`]);
+    assertEquals(started, round - 1);
+    assertEquals(await selector.select(), [`start ${round}`]);
+  }
+  assertEquals(await selector.select(0), []);
+  assertEquals(started, 2);
 });
 
 Deno.test("an operation that cannot be started counts as rejected", async () => {
   const selector = new Selector<string>();
-  selector.watchNextRound(
+  const operation = selector.register(
     () => {
       throw new Error("no");
     },
     () => "",
     (reason) => `rejected: ${reason}`,
   );
-  assertEquals(await selector.select(), ["rejected: Error: no"]);
+  for (const start of [operation.start, operation.startNextRound]) {
+    start();
+    assertEquals(await selector.select(), ["rejected: Error: no"]);
+  }
 });
 
 /**
@@ -200,29 +206,27 @@ class BusyRuntime {
 }
 
 /** How often each of 1,000 clients is served while there are 100 times as many completions. */
-async function serveCrowd(again: "watch" | "watchNextRound"): Promise<number[]> {
+async function serveCrowd(start: keyof Operation): Promise<number[]> {
   await using runtime = new BusyRuntime();
   const selector = new Selector<number>();
   const served = new Array<number>(1000).fill(0);
-  const start = (id: number) => {
-    const begin = () => runtime.start();
-    if (again === "watch") selector.watch(begin(), () => id, () => -1);
-    else selector.watchNextRound(begin, () => id, () => -1);
-  };
-  for (let id = 0; id < served.length; id++) start(id);
+  const clients = served.map((_, id) =>
+    selector.register(() => runtime.start(), () => id, () => -1)
+  );
+  for (const client of clients) client[start]();
   for (let total = 0; total < 100 * served.length;) {
     const ids = await selector.select();
     total += ids.length;
     for (const id of ids) {
       served[id]++;
-      start(id);
+      clients[id][start]();
     }
   }
   return served;
 }
 
 Deno.test("a crowd that is always ready again does not delay anybody beyond one round", async () => {
-  const served = await serveCrowd("watchNextRound");
+  const served = await serveCrowd("startNextRound");
   assert(
     Math.max(...served) - Math.min(...served) <= 1,
     `${Math.min(...served)} to ${Math.max(...served)}`,
@@ -230,16 +234,16 @@ Deno.test("a crowd that is always ready again does not delay anybody beyond one 
 });
 
 Deno.test("(the same crowd starves somebody when it is not served in rounds)", async () => {
-  assertEquals(Math.min(...await serveCrowd("watch")), 0);
+  assertEquals(Math.min(...await serveCrowd("start")), 0);
 });
 
 Deno.test("timers go on while completions never cease", async () => {
   const selector = new Selector<number>();
   let fired = false;
   const timer = setTimeout(() => fired = true, 1);
-  const start = () => selector.watchNextRound(() => Promise.resolve(1), (value) => value, () => -1);
-  for (let i = 0; i < 10; i++) start();
-  while (!fired) for (const _ of await selector.select()) start();
+  const one = selector.register(() => Promise.resolve(1), (value) => value, () => -1);
+  for (let i = 0; i < 10; i++) one.startNextRound();
+  while (!fired) for (const _ of await selector.select()) one.startNextRound();
   clearTimeout(timer);
 });
 
@@ -270,7 +274,8 @@ Deno.test("whatever happens in whatever order, every completion comes out once, 
         selector.watch(start(id), () => id, () => id);
       } else if (action === 1) {
         const id = ids++;
-        selector.watchNextRound(() => start(id), () => id, () => id);
+        const operation = selector.register(() => start(id), () => id, () => id);
+        random(2) ? operation.start() : operation.startNextRound();
       } else if (action === 2) settle(random(9));
       else actual.push(...await selector.select(random(2)));
     }

@@ -15,7 +15,7 @@
 
 // The package is named in full so that this file runs where it is copied to, without a deno.json.
 import { parseArgs } from "jsr:@std/cli@^1/parse-args";
-import { parseNumber, refuse, run, Selector, UsageError } from "./select_server.ts";
+import { type Operation, parseNumber, refuse, run, Selector, UsageError } from "./select_server.ts";
 
 /** What to send, and where. */
 export interface RunOptions {
@@ -61,6 +61,9 @@ export interface Report {
   jain: number;
 }
 
+const BUFFER_SIZE = 16 * 1024;
+const NOTHING = new Uint8Array(0);
+
 /** A client that is connecting. */
 interface Connecting {
   readonly id: number;
@@ -69,19 +72,43 @@ interface Connecting {
 }
 
 /** A client that is connected. */
-interface Client extends Connecting {
+class Client implements Connecting {
+  readonly id: number;
   readonly conn: Deno.TcpConn;
-  readonly buffer: Uint8Array;
+  readonly read: Operation;
+  readonly write: Operation;
+  since = 0;
+  /** What reads fill. */
+  readonly buffer = new Uint8Array(BUFFER_SIZE);
   /** The message on its way, or nothing when the end of the stream is being waited for. */
   message: Uint8Array | undefined;
-  /** How many of its bytes have come back. */
-  returned: number;
-  echoes: number;
+  /** The part of it that is still to be written, and how many of its bytes have come back. */
+  unsent: Uint8Array = NOTHING;
+  returned = 0;
+  /** The reply, once it is complete. */
+  reply: Uint8Array | undefined;
+  echoes = 0;
+
+  constructor(id: number, conn: Deno.TcpConn, selector: Selector<Completion>) {
+    this.id = id;
+    this.conn = conn;
+    const hasFailed = (error: unknown): Completion => ({ type: "error", client: this, error });
+    this.read = selector.register(
+      () => conn.read(this.buffer),
+      (count) => ({ type: "read", client: this, count }),
+      hasFailed,
+    );
+    this.write = selector.register(
+      () => conn.write(this.unsent),
+      (count) => ({ type: "write", client: this, count }),
+      hasFailed,
+    );
+  }
 }
 
 type Completion =
   | { type: "connect"; client: Connecting; conn: Deno.TcpConn }
-  | { type: "write"; client: Client; unsent: Uint8Array }
+  | { type: "write"; client: Client; count: number }
   | { type: "half-close"; client: Client }
   | { type: "read"; client: Client; count: number | null }
   | { type: "error"; client: Connecting; error: unknown }
@@ -89,8 +116,6 @@ type Completion =
 
 /** A client that has ended: after how many milliseconds, with how many echoes. */
 type Ended = { after: number; echoes: number };
-
-const BUFFER_SIZE = 16 * 1024;
 
 /**
  * Runs the clients to their end, or until the signal aborts.
@@ -117,7 +142,7 @@ const BUFFER_SIZE = 16 * 1024;
 export async function runClients(options: RunOptions): Promise<Report> {
   const { host, ports, timeout, verify, signal, onReply } = options;
   const selector = new Selector<Completion>();
-  const running = new Set<Connecting | Client>(); // whoever has waited for longest comes first
+  const running = new Set<Connecting | Client>();
   const finished: Ended[] = [];
   const unfinished: Ended[] = [];
   const latencies: number[] = [];
@@ -132,16 +157,17 @@ export async function runClients(options: RunOptions): Promise<Report> {
   selector.watch(aborted.promise, () => ({ type: "abort" }), () => ({ type: "abort" }));
   const start = performance.now();
   for (let id = 1; id <= options.clients; id++) connect(id);
+  let nextCheck = start + timeout; // nobody is overdue before
 
   while (running.size > 0) {
-    for (const completion of await selector.select(timeLeft())) {
+    for (const completion of await selector.select(nextCheck - performance.now())) {
       switch (completion.type) {
         case "connect":
           if (running.delete(completion.client)) open(completion.client.id, completion.conn);
           else completion.conn.close(); // it had timed out
           break;
         case "write": // a part may be left; meanwhile the echo is being read
-          if (completion.unsent.length > 0) write(completion.client, completion.unsent);
+          wrote(completion.client, completion.count);
           break;
         case "half-close":
           break;
@@ -173,25 +199,27 @@ export async function runClients(options: RunOptions): Promise<Report> {
   }
 
   function open(id: number, conn: Deno.TcpConn): void {
-    const buffer = new Uint8Array(BUFFER_SIZE);
-    const client = { id, since: 0, conn, buffer, message: undefined, returned: 0, echoes: 0 };
+    const client = new Client(id, conn, selector);
+    running.add(client);
     try {
       conn.setNoDelay();
     } catch {
       // The server has reset already: the read says so.
     }
     send(client);
-    read(client);
+    client.read.startNextRound();
   }
 
   /** Sends the next message or, after the last one, the end of the stream. */
   function send(client: Client): void {
     client.message = options.message(client.id, client.echoes);
     client.returned = 0;
+    client.reply = undefined;
     client.since = performance.now();
-    running.delete(client);
-    running.add(client);
-    if (client.message !== undefined) return write(client, client.message);
+    if (client.message !== undefined) {
+      client.unsent = client.message;
+      return client.write.start();
+    }
     selector.watch(
       client.conn.closeWrite(),
       () => ({ type: "half-close", client }),
@@ -199,27 +227,20 @@ export async function runClients(options: RunOptions): Promise<Report> {
     );
   }
 
-  function write(client: Client, bytes: Uint8Array): void {
-    selector.watch(
-      client.conn.write(bytes),
-      (count) => ({ type: "write", client, unsent: bytes.subarray(count) }),
-      (error) => ({ type: "error", client, error }),
-    );
-  }
-
-  function read(client: Client): void {
-    selector.register(
-      () => client.conn.read(client.buffer),
-      (count) => ({ type: "read", client, count }),
-      (error) => ({ type: "error", client, error }),
-    ).startNextRound();
+  function wrote(client: Client, count: number): void {
+    client.unsent = count < client.unsent.length ? client.unsent.subarray(count) : NOTHING;
+    if (!running.has(client)) return; // it had failed
+    if (client.unsent.length > 0) client.write.start();
+    else advance(client);
   }
 
   function receive(client: Client, count: number | null): void {
     if (!running.has(client)) return; // it had failed
     const { buffer, message, returned } = client;
     if (message === undefined) {
-      return count === null ? succeed(client) : fail(client, "sent too much");
+      if (count === null) return succeed(client);
+      if (verify) return fail(client, "sent too much");
+      return client.read.startNextRound();
     }
     if (count === null) return fail(client, "closed by the server");
     if (verify) {
@@ -230,13 +251,19 @@ export async function runClients(options: RunOptions): Promise<Report> {
     }
     client.returned += count;
     bytes += count;
-    if (!verify || client.returned === message.length) {
-      client.echoes++;
-      latencies.push(performance.now() - client.since);
-      onReply?.(client.id, verify ? message : buffer.subarray(0, count));
-      send(client);
-    }
-    read(client);
+    if (!verify) client.reply ??= buffer.slice(0, count);
+    else if (client.returned === message.length) client.reply = message;
+    advance(client);
+    client.read.startNextRound();
+  }
+
+  /** Sends the next message when this one is out and its reply is in. */
+  function advance(client: Client): void {
+    if (client.unsent.length > 0 || client.reply === undefined) return;
+    client.echoes++;
+    latencies.push(performance.now() - client.since);
+    onReply?.(client.id, client.reply);
+    send(client);
   }
 
   function succeed(client: Client): void {
@@ -253,16 +280,13 @@ export async function runClients(options: RunOptions): Promise<Report> {
     unfinished.push({ after: performance.now() - start, echoes });
   }
 
-  function timeLeft(): number {
-    const [oldest] = running;
-    return oldest.since + timeout - performance.now();
-  }
-
   function failOverdue(): void {
     const now = performance.now();
+    if (now < nextCheck) return;
+    nextCheck = now + timeout;
     for (const client of running) {
-      if (now < client.since + timeout) break; // and so it is for all who come after
-      fail(client, "timed out");
+      if (now >= client.since + timeout) fail(client, "timed out");
+      else nextCheck = Math.min(nextCheck, client.since + timeout);
     }
   }
 

@@ -73,8 +73,6 @@ interface Connecting {
 
 /** A client that is connected. */
 class Client implements Connecting {
-  readonly id: number;
-  readonly conn: Deno.TcpConn;
   readonly read: Operation;
   readonly write: Operation;
   since = 0;
@@ -89,9 +87,7 @@ class Client implements Connecting {
   reply: Uint8Array | undefined;
   echoes = 0;
 
-  constructor(id: number, conn: Deno.TcpConn, selector: Selector<Completion>) {
-    this.id = id;
-    this.conn = conn;
+  constructor(readonly id: number, readonly conn: Deno.TcpConn, selector: Selector<Completion>) {
     const hasFailed = (error: unknown): Completion => ({ type: "error", client: this, error });
     this.read = selector.register(
       () => conn.read(this.buffer),

@@ -73,10 +73,9 @@ export interface Operation {
 export class Selector<T> {
   /** Completed, in that order, and not yet handed out. */
   #ready: T[] = [];
-  /** What starts in this round, and how much of it has started. */
+  /** What is still to start in this round, the first one last. */
   #round: (() => void)[] = [];
-  #started = 0;
-  /** What starts in the next one. */
+  /** What starts in the next round. */
   #nextRound: (() => void)[] = [];
   /** Handed out since the runtime last had a turn. */
   #handedOut = 0;
@@ -154,15 +153,15 @@ export class Selector<T> {
     this.#selecting = true;
     if (this.#handedOut >= BUDGET) await this.#turns(1);
     while (this.#ready.length === 0) {
-      if (this.#started < this.#round.length) {
+      if (this.#round.length > 0) {
         // Half the budget in one turn: each may complete at once, and lead to one more operation.
-        const end = Math.min(this.#started + BUDGET / 2, this.#round.length);
-        while (this.#started < end) this.#round[this.#started++]();
-        if (end < this.#round.length) await this.#turns(1);
+        for (let i = 0; i < BUDGET / 2; i++) this.#round.pop()?.();
+        if (this.#round.length > 0) await this.#turns(1);
       } else if (this.#turnsOwed > 0) {
         this.#turnsOwed -= await this.#turns(this.#turnsOwed);
       } else if (this.#nextRound.length > 0) {
-        [this.#round, this.#nextRound, this.#started] = [this.#nextRound, [], 0];
+        this.#round = this.#nextRound.reverse();
+        this.#nextRound = [];
       } else if (!await this.#wait(timeout)) {
         break;
       }
@@ -320,16 +319,13 @@ const LOST_BEFORE_ACCEPT = [
 /** Out of descriptors, how long to wait before accepting is tried again, in milliseconds. */
 const ACCEPT_RETRY = 1000;
 
-/**
- * A client that is being served. Exactly one of its operations is pending at any time. The functions
- * are made once a client, as making them once an operation would double the loop's garbage.
- */
+/** A client that is being served. Exactly one of its operations is pending at any time. */
 class Session implements Client {
-  readonly id: number;
-  readonly conn: Connection;
   readonly remoteAddr: Deno.Addr;
   /** For the log. */
   readonly name: string;
+  readonly read: Operation;
+  readonly write: Operation;
   open = true;
   halfClosed = false;
   /** What is pending, and since when. */
@@ -341,12 +337,7 @@ class Session implements Client {
   /** The part of the reply that is still to be written. */
   unsent: Uint8Array = new Uint8Array(0);
 
-  readonly read: Operation;
-  readonly write: Operation;
-
-  constructor(id: number, conn: Connection, selector: Selector<Completion>) {
-    this.id = id;
-    this.conn = conn;
+  constructor(readonly id: number, readonly conn: Connection, selector: Selector<Completion>) {
     this.remoteAddr = conn.remoteAddr;
     this.name = `client ${id} (${formatAddress(this.remoteAddr)})`;
     this.read = selector.register(

@@ -1292,6 +1292,22 @@ async function hear(conn: Deno.Conn): Promise<string> {
   return decode(buffer.subarray(0, await conn.read(buffer) ?? 0));
 }
 
+for (const [column, [name, run]] of ([["server", server], ["client", client]] as const).entries()) {
+  Deno.test(`the README lists exactly the options of the ${name}'s help`, withRun, async () => {
+    const { log, ended } = run("--help");
+    assertEquals(await ended(), 0);
+    const help = log.lines.flatMap((line) =>
+      /^info {3,7}(?:-\w, )?(--[a-z-]+)/.exec(line)?.[1] ?? []
+    );
+    const [, section] = readme.split("\n## Options\n");
+    const rows = section.split("\n").map((line) => line.split("|").map((cell) => cell.trim()));
+    const listed = rows.flatMap(([, option = "", ...scripts]) =>
+      scripts[column] ? /--[a-z][a-z-]*/.exec(option)?.[0] ?? [] : []
+    );
+    assertEquals(listed.toSorted(), help.toSorted());
+  });
+}
+
 Deno.test("the README's upper-casing server does what it says", withRun, async () => {
   const [text] = programs("Make it yours");
   const { log, child } = runPrinted(text, ["0"]);

@@ -997,6 +997,33 @@ Deno.test("the client counts a refused connection, and a reset one", withNet, as
   assertEquals((await runClients({ ...fewClients, ports })).reasons, { ConnectionRefused: 1 });
 });
 
+Deno.test(
+  "a reply that comes before its message is out does not run messages together",
+  withNet,
+  async () => {
+    using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    const messages = [1, 2].map((byte) => new Uint8Array(8_000_000).fill(byte)); // more than sockets hold
+    const report = runClients({
+      ...fewClients,
+      ports: [listener.addr.port],
+      message: (_, index) => messages[index],
+      verify: false,
+    });
+    using conn = await listener.accept();
+    await conn.write(encode("early"));
+    const order: number[] = [];
+    const buffer = new Uint8Array(64 * 1024);
+    for (let left = 16_000_000, count; (count = await conn.read(buffer)) !== null;) {
+      for (const byte of buffer.subarray(0, count)) if (order.at(-1) !== byte) order.push(byte);
+      if ((left -= count) === 0) await conn.write(encode("done"));
+      await tick(); // the client has a turn
+    }
+    await conn.closeWrite();
+    const { succeeded, echoes } = await report;
+    assertEquals([order, succeeded, echoes], [[1, 2], 1, 2]);
+  },
+);
+
 Deno.test("the client's report so far is there when it is interrupted", withNet, async () => {
   await using server = startOnSockets();
   const stop = new AbortController();

@@ -88,16 +88,16 @@ class Client implements Connecting {
   echoes = 0;
 
   constructor(readonly id: number, readonly conn: Deno.TcpConn, selector: Selector<Completion>) {
-    const hasFailed = (error: unknown): Completion => ({ type: "error", client: this, error });
+    const failed = (error: unknown): Completion => ({ type: "error", client: this, error });
     this.read = selector.register(
       () => conn.read(this.buffer),
       (count) => ({ type: "read", client: this, count }),
-      hasFailed,
+      failed,
     );
     this.write = selector.register(
       () => conn.write(this.unsent),
       (count) => ({ type: "write", client: this, count }),
-      hasFailed,
+      failed,
     );
   }
 }

@@ -33,15 +33,15 @@ import { parseArgs } from "jsr:@std/cli@^1/parse-args";
 const BUDGET = 120;
 
 /**
- * So many turns bring in those who were put off. They are looked at again after tokio has next asked
- * the system what is ready, which a busy program lets it do every 61 task runs (its
- * `event_interval`).
+ * How many turns of the event loop bring in those who were put off. They are looked at again after
+ * tokio has next asked the system what is ready, which a busy program lets it do every 61 task runs
+ * (its `event_interval`).
  */
 const CATCH_UP_TURNS = 64;
 
 /** An operation that is {@linkcode Selector.register}ed, to be done again and again. */
 export interface Operation {
-  /** Starts it. What comes of it, once, is a completion. */
+  /** Starts it. Its result comes out of {@linkcode Selector.select} once, as a completion. */
   start(): void;
   /** Starts it when {@linkcode Selector.select} has handed out everything that is ready. */
   startNextRound(): void;
@@ -73,11 +73,11 @@ export interface Operation {
 export class Selector<T> {
   /** Completed, in that order, and not yet handed out. */
   #ready: T[] = [];
-  /** What is still to start in this round, the first one last. */
+  /** What is still to start in this round, in reverse order. */
   #round: (() => void)[] = [];
   /** What starts in the next round. */
   #nextRound: (() => void)[] = [];
-  /** Handed out since the runtime last had a turn. */
+  /** Handed out since `#turns` last gave the event loop a turn. */
   #handedOut = 0;
   /** Turns to take before the next round, as a wake-up used up the budget. */
   #turnsOwed = 0;
@@ -87,8 +87,8 @@ export class Selector<T> {
 
   /**
    * Watches an operation that has started. `fulfilled` or `rejected` (the two functions that `then`
-   * takes; they must not throw) makes a completion of what it comes to, which comes out of
-   * {@linkcode Selector.select} once.
+   * takes; they must not throw) turns its result into the completion that {@linkcode Selector.select}
+   * hands out, once.
    *
    * @param promise The pending operation.
    * @param fulfilled Makes a completion of the value.
@@ -168,8 +168,8 @@ export class Selector<T> {
     }
     const completions = this.#ready;
     this.#ready = [];
-    // Accepts come one by one and take longer than echoes: a flood of them must leave turns to
-    // timers, to signals, and to those who are waiting.
+    // Accepts come one by one, and each takes the time of some eight echoes: a flood of them must
+    // leave turns to timers, to signals, and to those who are waiting.
     this.#handedOut += Math.max(completions.length, BUDGET / 8);
     if (completions.length >= BUDGET) this.#turnsOwed = CATCH_UP_TURNS;
     this.#selecting = false;
@@ -181,7 +181,7 @@ export class Selector<T> {
     this.#wake?.();
   }
 
-  /** Gives the runtime turns until something completes; resolves to how many it took. */
+  /** Gives the event loop turns until something completes; resolves to how many it took. */
   #turns(most: number): Promise<number> {
     this.#handedOut = 0;
     const { promise, resolve } = Promise.withResolvers<number>();
@@ -212,7 +212,7 @@ export class Selector<T> {
   }
 }
 
-// ---- The loop
+// ---- The server
 
 /** What the loop needs of a connection; a `Deno.Conn` has it. */
 export interface Connection {
@@ -299,12 +299,12 @@ type Completion =
   | { type: "client error"; client: Session; error: unknown }
   | { type: "abort" };
 
-/** A pending read holds its buffer, so that of an idle client is small. One that was full grows. */
+/** A pending read holds its buffer, so an idle client's is small; a read that fills it makes it grow. */
 const SMALLEST_BUFFER = 4 * 1024;
 const LARGEST_BUFFER = 32 * 1024;
 
-/** What the log says of a client for which the idle timeout is up. */
-const OVERDUE = { read: "silent", reply: "without its reply", write: "not reading its reply" };
+/** What the log says of a client for which the idle timeout is up, by what is pending. */
+const IDLE = { read: "silent", reply: "without its reply", write: "not reading its reply" };
 
 /** After an abort, how long to go on reading what clients had sent before it, in milliseconds. */
 const LAST_READS = 100;
@@ -343,16 +343,16 @@ class Session implements Client {
     this.read = selector.register(
       () => conn.read(this.buffer),
       (count) => ({ type: "read", client: this, count }),
-      this.hasFailed,
+      this.failed,
     );
     this.write = selector.register(
       () => conn.write(this.unsent),
       (count) => ({ type: "write", client: this, count }),
-      this.hasFailed,
+      this.failed,
     );
   }
 
-  hasFailed = (error: unknown): Completion => ({ type: "client error", client: this, error });
+  failed = (error: unknown): Completion => ({ type: "client error", client: this, error });
 }
 
 /**
@@ -389,10 +389,10 @@ export async function serve(
   const selector = new Selector<Completion>();
   const listening = new Set(listeners);
   const paused = new Set<Listener>(); // not accepting for now: out of descriptors
-  const clients = new Set<Session>(); // whoever has been waited for longest comes first
+  const clients = new Set<Session>(); // with an idle timeout, longest waited for first
   const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
   let closing = false; // after the last reads: what is owed is written, nothing more is read
-  let overdue = false; // a deadline had passed when select was last called, so that it only polled
+  let polled = false; // a deadline had passed when select was last called, so it did not wait
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
 
   const aborted = Promise.withResolvers<void>();
@@ -405,6 +405,7 @@ export async function serve(
     accept(listener);
   }
 
+  // ---- The loop
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select(timeLeft())) {
       // A client may have been closed while its completion was on its way.
@@ -412,7 +413,7 @@ export async function serve(
       switch (completion.type) {
         case "accept": // a client has connected: watch for the next one, and for what this one says
           accept(completion.listener);
-          read(join(completion.conn));
+          read(welcome(completion.conn));
           break;
         case "read": // null is the end of the stream, and all before it has been answered
           if (completion.count === null) leave(completion.client, "end of stream");
@@ -427,7 +428,7 @@ export async function serve(
         case "client error": // reset, broken pipe, a failed reply: it ends this client alone
           fail(completion.client, completion.error);
           break;
-        case "accept error": // that client is gone, descriptors have run out, or it was closed
+        case "accept error": // that client gave up, descriptors ran out, or the port was closed
           acceptFailed(completion.listener, completion.error);
           break;
         case "abort":
@@ -449,7 +450,7 @@ export async function serve(
     );
   }
 
-  function join(conn: Connection): Session {
+  function welcome(conn: Connection): Session {
     const client = new Session(++totals.clients, conn, selector);
     clients.add(client);
     log("info", `${client.name} connected`);
@@ -463,7 +464,7 @@ export async function serve(
 
   function read(client: Session): void {
     if (closing && !client.halfClosed) return halfClose(client);
-    wait(client, "read");
+    waitFor(client, "read");
     if (client.buffer.length !== client.nextSize) client.buffer = new Uint8Array(client.nextSize);
     // In the next round: nobody is read from again before everybody who is ready has been.
     client.read.startNextRound();
@@ -471,17 +472,17 @@ export async function serve(
 
   /**
    * Ends our side after the last reply. The client's is read to its end, unanswered: to close with
-   * bytes unread resets the connection, and the reply that is on its way with it (RFC 1122, 4.2.2.13).
+   * bytes unread resets the connection and loses the reply on its way (RFC 1122, 4.2.2.13).
    */
   function halfClose(client: Session): void {
     if (client.conn.closeWrite === undefined) return leave(client, "the server stops");
     client.halfClosed = true;
     client.unsent = new Uint8Array(0);
-    wait(client, "write");
+    waitFor(client, "write");
     selector.watch(
       client.conn.closeWrite(),
       () => ({ type: "write", client, count: 0 }),
-      client.hasFailed,
+      client.failed,
     );
   }
 
@@ -493,14 +494,14 @@ export async function serve(
     totals.messages++;
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
-    wait(client, "reply");
+    waitFor(client, "reply");
     try {
       const bytes = reply(buffer.subarray(0, count), client);
       if (bytes instanceof Uint8Array) return write(client, bytes);
       selector.watch(
         Promise.resolve(bytes),
         (bytes) => ({ type: "reply", client, bytes }),
-        client.hasFailed,
+        client.failed,
       );
     } catch (error) {
       fail(client, error);
@@ -508,12 +509,12 @@ export async function serve(
   }
 
   function write(client: Session, bytes: Uint8Array): void {
-    if (!(bytes instanceof Uint8Array)) {
+    if (!(bytes instanceof Uint8Array)) { // JavaScript's callers may return anything
       return fail(client, new TypeError(`the reply is ${describe(bytes)}, expected a Uint8Array`));
     }
     client.unsent = bytes;
     if (bytes.length === 0) return read(client);
-    wait(client, "write");
+    waitFor(client, "write");
     client.write.start();
   }
 
@@ -560,7 +561,7 @@ export async function serve(
   }
 
   /** Notes what the client is waited for, and puts it behind those that have been for longer. */
-  function wait(client: Session, pending: Session["pending"]): void {
+  function waitFor(client: Session, pending: Session["pending"]): void {
     client.pending = pending;
     if (idleTimeout === Infinity) return;
     client.since = performance.now();
@@ -598,17 +599,17 @@ export async function serve(
   function timeLeft(): number {
     const next = nextDeadline();
     const left = next === Infinity ? Infinity : next - performance.now();
-    overdue = left <= 0;
+    polled = left <= 0;
     return left;
   }
 
   function meetDeadlines(): void {
-    // Not before a poll: the loop may be late, and what has come in time counts.
-    if (!overdue) return;
+    // Only after a poll: if the loop is late, what came in time still counts.
+    if (!polled) return;
     const now = performance.now();
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after
-      leave(client, `${OVERDUE[client.pending]} for ${idleTimeout / 1000} s`);
+      leave(client, `${IDLE[client.pending]} for ${idleTimeout / 1000} s`);
     }
     if (now >= deadlines.acceptRetry) {
       if (paused.size === 0) log("error", "accepting again");

@@ -29,7 +29,7 @@ export interface RunOptions {
   message: (client: number, index: number) => Uint8Array | undefined;
   /** How long a connect or an echo may take, in milliseconds. */
   timeout: number;
-  /** Whether replies are compared; if not, whatever one read brings is a reply. */
+  /** Whether replies are compared; if not, the first read after a message is sent is its reply. */
   verify: boolean;
   /** Ends the run early; the report is of what has been done by then. */
   signal?: AbortSignal;
@@ -55,7 +55,7 @@ export interface Report {
   echoesPerSecond: number;
   /** From sending a message to its last byte's return: percentiles, and the worst. */
   latency: { p50: number; p90: number; p99: number; max: number };
-  /** When the first client got its last echo, and when the last one did. */
+  /** When the first client was done, with the server's end of the stream, and when the last was. */
   finished: { first: number; last: number };
   /** Jain's fairness index of the clients' rates: 1 if all were served alike, 1/n if one was. */
   jain: number;
@@ -63,6 +63,9 @@ export interface Report {
 
 const BUFFER_SIZE = 16 * 1024;
 const NOTHING = new Uint8Array(0);
+
+/** How long polls for what an overdue client may have got go on under a load that never ends, in ms. */
+const LONGEST_POLLING = 1000;
 
 /** A client that is connecting. */
 interface Connecting {
@@ -104,10 +107,11 @@ class Client implements Connecting {
 
 type Completion =
   | { type: "connect"; client: Connecting; conn: Deno.TcpConn }
+  | { type: "connect error"; client: Connecting; error: unknown }
   | { type: "write"; client: Client; count: number }
   | { type: "half-close"; client: Client }
   | { type: "read"; client: Client; count: number | null }
-  | { type: "error"; client: Connecting; error: unknown }
+  | { type: "error"; client: Client; error: unknown }
   | { type: "abort" };
 
 /** A client that has ended: after how many milliseconds, with how many echoes. */
@@ -146,21 +150,35 @@ export async function runClients(options: RunOptions): Promise<Report> {
   let bytes = 0;
 
   const ended = new AbortController(); // for what is still connecting then
+  let connecting = 0;
   const aborted = Promise.withResolvers<void>();
   const onAbort = () => aborted.resolve();
   signal?.addEventListener("abort", onAbort);
   if (signal?.aborted) onAbort();
+  using cleanup = new DisposableStack();
+  cleanup.defer(() => {
+    signal?.removeEventListener("abort", onAbort);
+    ended.abort();
+    for (const client of running) if ("conn" in client) client.conn.close(); // `message` has thrown
+  });
   selector.watch(aborted.promise, () => ({ type: "abort" }), () => ({ type: "abort" }));
   const start = performance.now();
   for (let id = 1; id <= options.clients; id++) connect(id);
   let nextCheck = start + timeout; // nobody is overdue before
+  let overdueSince = Infinity; // since when somebody may be, so that select only polls
 
-  while (running.size > 0) {
-    for (const completion of await selector.select(nextCheck - performance.now())) {
+  while (running.size > 0 || connecting > 0) {
+    const completions = await selector.select(timeLeft());
+    for (const completion of completions) {
       switch (completion.type) {
         case "connect":
+          connecting--;
           if (running.delete(completion.client)) open(completion.client.id, completion.conn);
-          else completion.conn.close(); // it had timed out
+          else completion.conn.close(); // it had failed
+          break;
+        case "connect error":
+          connecting--;
+          fail(completion.client, reasonOf(completion.error));
           break;
         case "write": // a part may be left; meanwhile the echo is being read
           wrote(completion.client, completion.count);
@@ -178,19 +196,19 @@ export async function runClients(options: RunOptions): Promise<Report> {
           break;
       }
     }
-    failOverdue();
+    failOverdue(completions.length);
+    if (running.size === 0) ended.abort();
   }
-  signal?.removeEventListener("abort", onAbort);
-  ended.abort();
   return report();
 
   function connect(id: number): void {
     const client: Connecting = { id, since: performance.now() };
     running.add(client);
+    connecting++;
     selector.watch(
       Deno.connect({ hostname: host, port: ports[(id - 1) % ports.length], signal: ended.signal }),
       (conn) => ({ type: "connect", client, conn }),
-      (error) => ({ type: "error", client, error }),
+      (error) => ({ type: "connect error", client, error }),
     );
   }
 
@@ -224,8 +242,8 @@ export async function runClients(options: RunOptions): Promise<Report> {
   }
 
   function wrote(client: Client, count: number): void {
-    client.unsent = count < client.unsent.length ? client.unsent.subarray(count) : NOTHING;
     if (!running.has(client)) return; // it had failed
+    client.unsent = count < client.unsent.length ? client.unsent.subarray(count) : NOTHING;
     if (client.unsent.length > 0) client.write.start();
     else advance(client);
   }
@@ -246,7 +264,6 @@ export async function runClients(options: RunOptions): Promise<Report> {
       }
     }
     client.returned += count;
-    bytes += count;
     if (!verify) client.reply ??= buffer.slice(0, count);
     else if (client.returned === message.length) client.reply = message;
     advance(client);
@@ -257,6 +274,7 @@ export async function runClients(options: RunOptions): Promise<Report> {
   function advance(client: Client): void {
     if (client.unsent.length > 0 || client.reply === undefined) return;
     client.echoes++;
+    bytes += client.reply.length;
     latencies.push(performance.now() - client.since);
     onReply?.(client.id, client.reply);
     send(client);
@@ -276,9 +294,19 @@ export async function runClients(options: RunOptions): Promise<Report> {
     unfinished.push({ after: performance.now() - start, echoes });
   }
 
-  function failOverdue(): void {
+  /** How long select may wait, in milliseconds. */
+  function timeLeft(): number {
     const now = performance.now();
-    if (now < nextCheck) return;
+    overdueSince = now < nextCheck ? Infinity : Math.min(overdueSince, now);
+    return nextCheck - now;
+  }
+
+  /** @param found How many completions select has just handed out. */
+  function failOverdue(found: number): void {
+    if (overdueSince === Infinity) return;
+    const now = performance.now();
+    // The loop may be late, and what came in time counts: first a poll must have found nothing.
+    if (found > 0 && now < overdueSince + LONGEST_POLLING) return;
     nextCheck = now + timeout;
     for (const client of running) {
       if (now >= client.since + timeout) fail(client, "timed out");

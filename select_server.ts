@@ -41,9 +41,15 @@ const CATCH_UP_TURNS = 64;
 
 /** An operation that is {@linkcode Selector.register}ed, to be done again and again. */
 export interface Operation {
-  /** Starts it. Its result comes out of {@linkcode Selector.select} once, as a completion. */
+  /**
+   * Starts it. Its result comes out of {@linkcode Selector.select} once, as a completion. What is
+   * always ready again goes before all that waits for the next round, if it starts in this way.
+   */
   start(): void;
-  /** Starts it when {@linkcode Selector.select} has handed out everything that is ready. */
+  /**
+   * Starts it in a call of {@linkcode Selector.select} that has handed out everything that is ready
+   * (and not in one that waits already).
+   */
   startNextRound(): void;
 }
 
@@ -77,7 +83,7 @@ export class Selector<T> {
   #round: (() => void)[] = [];
   /** What starts in the next round. */
   #nextRound: (() => void)[] = [];
-  /** Handed out since `#turns` last gave the event loop a turn. */
+  /** How much of the budget has been handed out since `#turns` last gave the event loop a turn. */
   #handedOut = 0;
   /** Turns to take before the next round, as a wake-up used up the budget. */
   #turnsOwed = 0;
@@ -111,7 +117,7 @@ export class Selector<T> {
    * been read from once.
    *
    * @param start Starts the operation. What it throws counts as a rejection.
-   * @param fulfilled Makes a completion of the value.
+   * @param fulfilled Makes a completion of the value. Like `rejected`, it must not throw.
    * @param rejected Makes a completion of the reason.
    * @returns The operation, not started yet.
    */
@@ -299,12 +305,15 @@ type Completion =
   | { type: "client error"; client: Session; error: unknown }
   | { type: "abort" };
 
-/** A pending read holds its buffer, so an idle client's is small; a read that fills it makes it grow. */
+/** A pending read holds its buffer: a small one, and a large one after a read that has filled it. */
 const SMALLEST_BUFFER = 4 * 1024;
 const LARGEST_BUFFER = 32 * 1024;
 
 /** What the log says of a client for which the idle timeout is up, by what is pending. */
 const IDLE = { read: "silent", reply: "without its reply", write: "not reading its reply" };
+
+/** How long polls for what an overdue client may have sent go on under a load that never ends, in ms. */
+const LONGEST_POLLING = 1000;
 
 /** After an abort, how long to go on reading what clients had sent before it, in milliseconds. */
 const LAST_READS = 100;
@@ -392,7 +401,7 @@ export async function serve(
   const clients = new Set<Session>(); // with an idle timeout, longest waited for first
   const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
   let closing = false; // after the last reads: what is owed is written, nothing more is read
-  let polled = false; // a deadline had passed when select was last called, so it did not wait
+  let overdueSince = Infinity; // since when a deadline has passed, so that select only polls
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
 
   const aborted = Promise.withResolvers<void>();
@@ -407,7 +416,8 @@ export async function serve(
 
   // ---- The loop
   while (listening.size > 0 || clients.size > 0) {
-    for (const completion of await selector.select(timeLeft())) {
+    const completions = await selector.select(timeLeft());
+    for (const completion of completions) {
       // A client may have been closed while its completion was on its way.
       if ("client" in completion && !completion.client.open) continue;
       switch (completion.type) {
@@ -436,7 +446,7 @@ export async function serve(
           break;
       }
     }
-    meetDeadlines();
+    meetDeadlines(completions.length);
   }
   signal?.removeEventListener("abort", onAbort);
   return totals;
@@ -598,17 +608,19 @@ export async function serve(
   /** How long select may wait, in milliseconds. */
   function timeLeft(): number {
     const next = nextDeadline();
-    const left = next === Infinity ? Infinity : next - performance.now();
-    polled = left <= 0;
-    return left;
+    const now = next === Infinity ? 0 : performance.now();
+    overdueSince = now < next ? Infinity : Math.min(overdueSince, now);
+    return next - now;
   }
 
-  function meetDeadlines(): void {
-    // Only after a poll: if the loop is late, what came in time still counts.
-    if (!polled) return;
+  /** @param found How many completions select has just handed out. */
+  function meetDeadlines(found: number): void {
+    if (overdueSince === Infinity) return;
     const now = performance.now();
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after
+      // The loop may be late, and what came in time counts: first a poll must have found nothing.
+      if (found > 0 && now < overdueSince + LONGEST_POLLING) break;
       leave(client, `${IDLE[client.pending]} for ${idleTimeout / 1000} s`);
     }
     if (now >= deadlines.acceptRetry) {

@@ -627,6 +627,17 @@ Deno.test("a silent client is closed after the idle timeout, counted from its la
   assertEquals(server.log.count(/client 1 .* disconnected: silent for 0.05 s/), 1);
 });
 
+Deno.test("a silent client is closed though there is always something else to do", async () => {
+  await using server = start([new TestListener()], { idleTimeout: 5 });
+  const tireless = new TestConnection();
+  tireless.read = () => Promise.resolve(1);
+  server.listener.connect(tireless);
+  server.listener.connect();
+  await server.log.line(/client 2 .* disconnected: silent/);
+  assertEquals(tireless.closes, 0);
+  tireless.read = () => Promise.resolve(null);
+});
+
 Deno.test("a client that does not take its reply is closed after the idle timeout", async () => {
   await using server = start([new TestListener()], { idleTimeout: 20 });
   server.listener.connect(new TestConnection(0)).send("never read");
@@ -943,6 +954,32 @@ Deno.test(
   },
 );
 
+Deno.test(
+  "nobody who has sent in time is closed as idle, though the loop was late",
+  withNet,
+  async () => {
+    const conns: Deno.TcpConn[] = [];
+    const idleTimeout = 500;
+    await using server = startOnSockets({
+      idleTimeout,
+      reply: (bytes) => {
+        if (decode(bytes) !== "block") return bytes;
+        const late = performance.now() + idleTimeout + 50;
+        while (performance.now() < late); // blocks the loop beyond everybody's time
+        for (const conn of conns) conn.write(encode("in time")); // at once: there is room for it
+        return bytes;
+      },
+    });
+    using blocker = await Deno.connect({ port: server.port });
+    for (let i = 0; i < 50; i++) conns.push(await Deno.connect({ port: server.port }));
+    await Promise.all(conns.map((conn) => say(conn, "hello")));
+    await Promise.all(conns.map(hear));
+    await say(blocker, "block");
+    assertEquals(await Promise.all(conns.map(hear)), conns.map(() => "in time"));
+    for (const conn of conns) conn.close();
+  },
+);
+
 Deno.test("listen takes addresses and names of both families", withNet, async () => {
   for (const host of ["localhost", "127.0.0.1", "0.0.0.0", "::1"]) {
     const server = start(listen({ host, port: 0, ports: 1 }));
@@ -1021,6 +1058,27 @@ Deno.test(
     await conn.closeWrite();
     const { succeeded, echoes } = await report;
     assertEquals([order, succeeded, echoes], [[1, 2], 1, 2]);
+  },
+);
+
+Deno.test(
+  "an interrupted run leaves no connection open, not even one that was being made",
+  withNet,
+  async () => {
+    await using server = startOnSockets();
+    for (const after of [0, 1, 2, 4]) {
+      const signal = AbortSignal.timeout(after);
+      const { ports } = server;
+      await runClients({
+        ...fewClients,
+        ports,
+        clients: 50,
+        message: testMessages(1e6, 8),
+        signal,
+      });
+    }
+    // The server sees the end of every one of them while this process, which made them, goes on.
+    while (server.log.count(/connected$/) > server.log.count(/disconnected/)) await tick();
   },
 );
 

@@ -402,6 +402,7 @@ export async function serve(
   const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
   let closing = false; // after the last reads: what is owed is written, nothing more is read
   let overdueSince = Infinity; // since when a deadline has passed, so that select only polls
+  let served = false; // whether anybody has been, since select was last called
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
 
   const aborted = Promise.withResolvers<void>();
@@ -416,8 +417,7 @@ export async function serve(
 
   // ---- The loop
   while (listening.size > 0 || clients.size > 0) {
-    const completions = await selector.select(timeLeft());
-    for (const completion of completions) {
+    for (const completion of await selector.select(timeLeft())) {
       // A client may have been closed while its completion was on its way.
       if ("client" in completion && !completion.client.open) continue;
       switch (completion.type) {
@@ -446,7 +446,7 @@ export async function serve(
           break;
       }
     }
-    meetDeadlines(completions.length);
+    meetDeadlines();
   }
   signal?.removeEventListener("abort", onAbort);
   return totals;
@@ -574,6 +574,7 @@ export async function serve(
   function waitFor(client: Session, pending: Session["pending"]): void {
     client.pending = pending;
     if (idleTimeout === Infinity) return;
+    served = true;
     client.since = performance.now();
     clients.delete(client);
     clients.add(client);
@@ -610,17 +611,17 @@ export async function serve(
     const next = nextDeadline();
     const now = next === Infinity ? 0 : performance.now();
     overdueSince = now < next ? Infinity : Math.min(overdueSince, now);
+    served = false;
     return next - now;
   }
 
-  /** @param found How many completions select has just handed out. */
-  function meetDeadlines(found: number): void {
+  function meetDeadlines(): void {
     if (overdueSince === Infinity) return;
     const now = performance.now();
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after
-      // The loop may be late, and what came in time counts: first a poll must have found nothing.
-      if (found > 0 && now < overdueSince + LONGEST_POLLING) break;
+      // The loop may be late, and what came in time counts: first a poll must find nobody to serve.
+      if (served && now < overdueSince + LONGEST_POLLING) break;
       leave(client, `${IDLE[client.pending]} for ${idleTimeout / 1000} s`);
     }
     if (now >= deadlines.acceptRetry) {

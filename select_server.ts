@@ -174,8 +174,8 @@ export class Selector<T> {
     }
     const completions = this.#ready;
     this.#ready = [];
-    // Accepts come one by one, and each takes the time of some eight echoes: a flood of them must
-    // leave turns to timers, to signals, and to those who are waiting.
+    // Accepts come one by one, and each takes longer than an echo: a flood of them must leave turns
+    // to timers, to signals, and to those who are waiting.
     this.#handedOut += Math.max(completions.length, BUDGET / 8);
     if (completions.length >= BUDGET) this.#turnsOwed = CATCH_UP_TURNS;
     this.#selecting = false;

@@ -657,6 +657,13 @@ Deno.test("an abort closes clients that are owed nothing, and who connects after
   await assertServed(idle);
   await server.stop();
   assertEquals([idle.closes, server.listener.closes], [1, 1]);
+  const { accepts } = server.listener;
+  server.listener.connect();
+  await tick();
+  assertEquals([server.listener.accepts, server.log.count(/client \d+ .* connected$/)], [
+    accepts,
+    1,
+  ]);
 });
 
 Deno.test("an abort waits for what was sent before it, and for the reply to it", async () => {
@@ -1058,6 +1065,35 @@ Deno.test(
     await conn.closeWrite();
     const { succeeded, echoes } = await report;
     assertEquals([order, succeeded, echoes], [[1, 2], 1, 2]);
+  },
+);
+
+Deno.test(
+  "the client does not blame the server for its own lateness",
+  withNet,
+  async () => {
+    using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    const conns: Deno.TcpConn[] = [];
+    const timeout = 500;
+    const report = runClients({
+      ...fewClients,
+      ports: [listener.addr.port],
+      clients: 50,
+      message: (_, index) => index === 0 ? encode("echo") : undefined,
+      timeout,
+      onReply: () => {
+        if (conns.length < 50) return; // only the first reply finds all of them connected
+        const late = performance.now() + timeout + 50;
+        while (performance.now() < late); // blocks the loop beyond everybody's time
+        for (const conn of conns.splice(0).slice(1)) conn.write(encode("echo"));
+      },
+    });
+    while (conns.length < 50) conns.push(await listener.accept());
+    const served = [...conns];
+    await served[0].write(encode("echo"));
+    await Promise.all(served.map(readAll)); // to the end of the stream, which closes it
+    const { succeeded, reasons } = await report;
+    assertEquals([succeeded, reasons], [50, {}]);
   },
 );
 

@@ -78,6 +78,7 @@ interface Connecting {
 class Client implements Connecting {
   readonly read: Operation;
   readonly write: Operation;
+  open = true;
   since = 0;
   /** What reads fill. */
   readonly buffer = new Uint8Array(BUFFER_SIZE);
@@ -242,14 +243,14 @@ export async function runClients(options: RunOptions): Promise<Report> {
   }
 
   function wrote(client: Client, count: number): void {
-    if (!running.has(client)) return; // it had failed
+    if (!client.open) return; // it had failed
     client.unsent = count < client.unsent.length ? client.unsent.subarray(count) : NOTHING;
     if (client.unsent.length > 0) client.write.start();
     else advance(client);
   }
 
   function receive(client: Client, count: number | null): void {
-    if (!running.has(client)) return; // it had failed
+    if (!client.open) return; // it had failed
     const { buffer, message, returned } = client;
     if (message === undefined) {
       if (count === null) return succeed(client);
@@ -282,16 +283,21 @@ export async function runClients(options: RunOptions): Promise<Report> {
 
   function succeed(client: Client): void {
     running.delete(client);
-    client.conn.close();
+    close(client);
     finished.push({ after: performance.now() - start, echoes: client.echoes });
   }
 
   function fail(client: Connecting | Client, reason: string): void {
     if (!running.delete(client)) return; // it had failed
-    if ("conn" in client) client.conn.close();
+    if ("conn" in client) close(client);
     reasons[reason] = (reasons[reason] ?? 0) + 1;
     const echoes = "conn" in client ? client.echoes : 0;
     unfinished.push({ after: performance.now() - start, echoes });
+  }
+
+  function close(client: Client): void {
+    client.open = false;
+    client.conn.close();
   }
 
   /** How long select may wait, in milliseconds. */

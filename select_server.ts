@@ -80,9 +80,9 @@ export class Selector<T> {
   /** Completed, in that order, and not yet handed out. */
   #ready: T[] = [];
   /** What is still to start in this round, in reverse order. */
-  #round: (() => void)[] = [];
+  #round: Operation[] = [];
   /** What starts in the next round. */
-  #nextRound: (() => void)[] = [];
+  readonly #nextRound: Operation[] = [];
   /** How much of the budget has been handed out since `#turns` last gave the event loop a turn. */
   #handedOut = 0;
   /** Turns to take before the next round, as a wake-up used up the budget. */
@@ -126,17 +126,12 @@ export class Selector<T> {
     fulfilled: (value: V) => T,
     rejected: (reason: unknown) => T,
   ): Operation {
-    // Made once, as functions made at every start would be most of the loop's garbage.
-    const onFulfilled = (value: V) => this.#complete(fulfilled(value));
-    const onRejected = (reason: unknown) => this.#complete(rejected(reason));
-    const startNow = () => {
-      try {
-        start().then(onFulfilled, onRejected);
-      } catch (reason) {
-        onRejected(reason);
-      }
-    };
-    return { start: startNow, startNextRound: () => void this.#nextRound.push(startNow) };
+    return new RegisteredOperation(
+      start,
+      (value) => this.#complete(fulfilled(value)),
+      (reason) => this.#complete(rejected(reason)),
+      this.#nextRound,
+    );
   }
 
   /**
@@ -161,13 +156,12 @@ export class Selector<T> {
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {
         // Half the budget in one turn: each may complete at once, and lead to one more operation.
-        for (let i = 0; i < BUDGET / 2; i++) this.#round.pop()?.();
+        for (let i = 0; i < BUDGET / 2; i++) this.#round.pop()?.start();
         if (this.#round.length > 0) await this.#turns(1);
       } else if (this.#turnsOwed > 0) {
         this.#turnsOwed -= await this.#turns(this.#turnsOwed);
       } else if (this.#nextRound.length > 0) {
-        this.#round = this.#nextRound.reverse();
-        this.#nextRound = [];
+        this.#round = this.#nextRound.splice(0).reverse();
       } else if (!await this.#wait(timeout)) {
         break;
       }
@@ -215,6 +209,38 @@ export class Selector<T> {
       await this.#turns(CATCH_UP_TURNS);
     }
     return this.#ready.length > 0;
+  }
+}
+
+/** Its functions are made once, as those made at every start would be most of the loop's garbage. */
+class RegisteredOperation<V> implements Operation {
+  readonly #start: () => Promise<V>;
+  readonly #onFulfilled: (value: V) => void;
+  readonly #onRejected: (reason: unknown) => void;
+  readonly #nextRound: Operation[];
+
+  constructor(
+    start: () => Promise<V>,
+    onFulfilled: (value: V) => void,
+    onRejected: (reason: unknown) => void,
+    nextRound: Operation[],
+  ) {
+    this.#start = start;
+    this.#onFulfilled = onFulfilled;
+    this.#onRejected = onRejected;
+    this.#nextRound = nextRound;
+  }
+
+  start(): void {
+    try {
+      this.#start().then(this.#onFulfilled, this.#onRejected);
+    } catch (reason) {
+      this.#onRejected(reason);
+    }
+  }
+
+  startNextRound(): void {
+    this.#nextRound.push(this);
   }
 }
 

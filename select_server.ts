@@ -39,6 +39,9 @@ const BUDGET = 120;
  */
 const CATCH_UP_TURNS = 64;
 
+/** How long the caller may take with what it got before others must be looked for, in milliseconds. */
+const LONGEST_TURN = 5;
+
 /** An operation that is {@linkcode Selector.register}ed, to be done again and again. */
 export interface Operation {
   /**
@@ -85,8 +88,10 @@ export class Selector<T> {
   readonly #nextRound: Operation[] = [];
   /** How much of the budget has been handed out since `#turns` last gave the event loop a turn. */
   #handedOut = 0;
-  /** Turns to take before the next round, as a wake-up used up the budget. */
+  /** Turns to take before the next round: a wake-up used up the budget, or the caller took long. */
   #turnsOwed = 0;
+  /** Since when the caller has had what `select` resolved to. */
+  #handedOutAt = Infinity;
   /** Ends the wait of the pending `select`. */
   #wake?: () => void;
   #selecting = false;
@@ -152,6 +157,7 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
+    if (performance.now() - this.#handedOutAt > LONGEST_TURN) this.#turnsOwed = CATCH_UP_TURNS;
     if (this.#handedOut >= BUDGET) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {
@@ -172,6 +178,7 @@ export class Selector<T> {
     // to timers, to signals, and to those who are waiting.
     this.#handedOut += Math.max(completions.length, BUDGET / 8);
     if (completions.length >= BUDGET) this.#turnsOwed = CATCH_UP_TURNS;
+    this.#handedOutAt = performance.now();
     this.#selecting = false;
     return completions;
   }
@@ -328,6 +335,7 @@ type Completion =
   | { type: "read"; client: Session; count: number | null }
   | { type: "reply"; client: Session; bytes: Uint8Array }
   | { type: "write"; client: Session; count: number }
+  | { type: "half-close"; client: Session }
   | { type: "client error"; client: Session; error: unknown }
   | { type: "abort" };
 
@@ -338,7 +346,7 @@ const LARGEST_BUFFER = 32 * 1024;
 /** What the log says of a client for which the idle timeout is up, by what is pending. */
 const IDLE = { read: "silent", reply: "without its reply", write: "not reading its reply" };
 
-/** How long polls for what an overdue client may have sent go on under a load that never ends, in ms. */
+/** How long polls for what may have come in time go on under a load that never ends, in milliseconds. */
 const LONGEST_POLLING = 1000;
 
 /** After an abort, how long to go on reading what clients had sent before it, in milliseconds. */
@@ -372,22 +380,26 @@ class Session implements Client {
   /** The part of the reply that is still to be written. */
   unsent: Uint8Array = new Uint8Array(0);
 
+  readonly onError = (error: unknown): Completion => ({
+    type: "client error",
+    client: this,
+    error,
+  });
+
   constructor(readonly id: number, readonly conn: Connection, selector: Selector<Completion>) {
     this.remoteAddr = conn.remoteAddr;
     this.name = `client ${id} (${formatAddress(this.remoteAddr)})`;
     this.read = selector.register(
       () => conn.read(this.buffer),
       (count) => ({ type: "read", client: this, count }),
-      this.failed,
+      this.onError,
     );
     this.write = selector.register(
       () => conn.write(this.unsent),
       (count) => ({ type: "write", client: this, count }),
-      this.failed,
+      this.onError,
     );
   }
-
-  failed = (error: unknown): Completion => ({ type: "client error", client: this, error });
 }
 
 /**
@@ -442,7 +454,7 @@ export async function serve(
   }
 
   // ---- The loop
-  while (listening.size > 0 || clients.size > 0) {
+  while (listening.size > 0 || clients.size > 0 || deadlines.lastReads < Infinity) {
     for (const completion of await selector.select(timeLeft())) {
       // A client may have been closed while its completion was on its way.
       if ("client" in completion && !completion.client.open) continue;
@@ -460,6 +472,9 @@ export async function serve(
           break;
         case "write": // the socket may have taken a part only; read again when it has taken all
           wrote(completion.client, completion.count);
+          break;
+        case "half-close": // the server stops: there is nothing left but this client's end of stream
+          read(completion.client);
           break;
         case "client error": // reset, broken pipe, a failed reply: it ends this client alone
           fail(completion.client, completion.error);
@@ -480,7 +495,7 @@ export async function serve(
   function accept(listener: Listener): void {
     if (!listening.has(listener)) return;
     selector.watch(
-      listener.accept(),
+      Promise.try(() => listener.accept()),
       (conn) => ({ type: "accept", listener, conn }),
       (error) => ({ type: "accept error", listener, error }),
     );
@@ -500,7 +515,7 @@ export async function serve(
 
   function read(client: Session): void {
     if (closing && !client.halfClosed) return halfClose(client);
-    waitFor(client, "read");
+    setPending(client, "read");
     if (client.buffer.length !== client.nextSize) client.buffer = new Uint8Array(client.nextSize);
     // In the next round: nobody is read from again before everybody who is ready has been.
     client.read.startNextRound();
@@ -513,12 +528,11 @@ export async function serve(
   function halfClose(client: Session): void {
     if (client.conn.closeWrite === undefined) return leave(client, "the server stops");
     client.halfClosed = true;
-    client.unsent = new Uint8Array(0);
-    waitFor(client, "write");
+    setPending(client, "write");
     selector.watch(
-      client.conn.closeWrite(),
-      () => ({ type: "write", client, count: 0 }),
-      client.failed,
+      Promise.try(() => client.conn.closeWrite?.()),
+      () => ({ type: "half-close", client }),
+      client.onError,
     );
   }
 
@@ -530,14 +544,14 @@ export async function serve(
     totals.messages++;
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
-    waitFor(client, "reply");
+    setPending(client, "reply");
     try {
       const bytes = reply(buffer.subarray(0, count), client);
       if (bytes instanceof Uint8Array) return write(client, bytes);
       selector.watch(
         Promise.resolve(bytes),
         (bytes) => ({ type: "reply", client, bytes }),
-        client.failed,
+        client.onError,
       );
     } catch (error) {
       fail(client, error);
@@ -550,7 +564,7 @@ export async function serve(
     }
     client.unsent = bytes;
     if (bytes.length === 0) return read(client);
-    waitFor(client, "write");
+    setPending(client, "write");
     client.write.start();
   }
 
@@ -596,11 +610,11 @@ export async function serve(
     }
   }
 
-  /** Notes what the client is waited for, and puts it behind those that have been for longer. */
-  function waitFor(client: Session, pending: Session["pending"]): void {
+  /** Notes which operation is pending, since now; the client comes after those with older ones. */
+  function setPending(client: Session, pending: Session["pending"]): void {
     client.pending = pending;
-    if (idleTimeout === Infinity) return;
     served = true;
+    if (idleTimeout === Infinity) return;
     client.since = performance.now();
     clients.delete(client);
     clients.add(client);
@@ -647,7 +661,8 @@ export async function serve(
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after
       // The loop may be late, and what came in time counts: first a poll must find nobody to serve.
-      if (served && now < overdueSince + LONGEST_POLLING) break;
+      const since = Math.max(overdueSince, client.since + idleTimeout);
+      if (served && now < since + LONGEST_POLLING) break;
       leave(client, `${IDLE[client.pending]} for ${idleTimeout / 1000} s`);
     }
     if (now >= deadlines.acceptRetry) {
@@ -656,10 +671,12 @@ export async function serve(
       acceptAgain();
     }
     if (now >= deadlines.lastReads) {
-      closing = true;
-      deadlines.lastReads = Infinity;
-      for (const client of clients) {
-        if (client.pending === "read") leave(client, "the server stops");
+      closing = true; // who is answered from now on is half-closed, and who is silent is closed
+      if (!served || now >= deadlines.lastReads + LONGEST_POLLING) {
+        deadlines.lastReads = Infinity;
+        for (const client of clients) {
+          if (client.pending === "read" && !client.halfClosed) leave(client, "the server stops");
+        }
       }
     }
     if (now >= deadlines.grace) {
@@ -678,7 +695,7 @@ export async function serve(
 }
 
 function formatAddress(addr: Deno.Addr): string {
-  if (!("hostname" in addr)) return Deno.inspect(addr);
+  if (!("hostname" in addr)) return Deno.inspect(addr, { breakLength: Infinity });
   return `${addr.hostname.includes(":") ? `[${addr.hostname}]` : addr.hostname}:${addr.port}`;
 }
 

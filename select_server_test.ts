@@ -24,6 +24,9 @@ const withRun = { ignore: withNet.ignore || !await granted("run") };
 
 const encode = (text: string) => new TextEncoder().encode(text);
 const decode = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+const block = (ms: number) => {
+  for (const end = performance.now() + ms; performance.now() < end;);
+};
 const tick = () => new Promise<void>((resolve) => void setImmediate(resolve));
 
 /** Numbers that look random, the same for the same seed (Park and Miller's generator). */
@@ -235,6 +238,21 @@ Deno.test("a crowd that is always ready again does not delay anybody beyond one 
 
 Deno.test("(the same crowd starves somebody when it is not served in rounds)", async () => {
   assertEquals(Math.min(...await serveCrowd("start")), 0);
+});
+
+Deno.test("who became ready while the caller took long comes before the next round", async () => {
+  const selector = new Selector<string>();
+  const tireless = selector.register(() => Promise.resolve(), () => "tireless", String);
+  tireless.startNextRound();
+  assertEquals(await selector.select(), ["tireless"]);
+  block(10);
+  const putOff = async () => {
+    for (let turn = 0; turn < 60; turn++) await tick();
+  };
+  selector.watch(putOff(), () => "put off", String);
+  tireless.startNextRound();
+  assertEquals(await selector.select(), ["put off"]);
+  assertEquals(await selector.select(), ["tireless"]);
 });
 
 Deno.test("timers go on while completions never cease", async () => {
@@ -592,8 +610,7 @@ Deno.test("what has come in time counts, though the loop was late to look", asyn
     idleTimeout: 30,
     reply: (bytes, client) => {
       if (client.id === 1) return bytes;
-      const late = performance.now() + 60;
-      while (performance.now() < late); // blocks the loop beyond the first client's time
+      block(60); // beyond the first client's time
       first.send("in time");
       return bytes;
     },
@@ -601,6 +618,23 @@ Deno.test("what has come in time counts, though the loop was late to look", asyn
   server.listener.connect(first);
   server.listener.connect().send("block");
   assertEquals(await first.written.take(), "in time");
+});
+
+Deno.test("what has come in time counts, though the loop is late every time", async () => {
+  const conns = Array.from({ length: 5 }, () => new TestConnection());
+  await using server = start([new TestListener()], {
+    idleTimeout: 30,
+    reply: (bytes, client) => {
+      block(40); // meanwhile somebody is always overdue
+      conns[client.id % conns.length].send("next");
+      return bytes;
+    },
+  });
+  for (const conn of conns) server.listener.connect(conn);
+  conns[0].send("next");
+  for (const end = performance.now() + 1500; performance.now() < end;) {
+    for (const conn of conns) assertEquals(await conn.written.take(), "next");
+  }
 });
 
 Deno.test("transactions overlap: the quick one is not kept waiting by the slow one", async () => {
@@ -680,6 +714,41 @@ Deno.test("an abort waits for what was sent before it, and for the reply to it",
   assertEquals(conn.closes, 1);
 });
 
+Deno.test("an abort waits for what was sent ahead of it, though the loop is late", async () => {
+  const ahead = new TestConnection();
+  const written = Promise.withResolvers<number>();
+  ahead.write = (bytes) => {
+    ahead.written.put(decode(bytes));
+    return written.promise;
+  };
+  await using server = start([new TestListener()], {
+    reply: (bytes, client) => {
+      if (client.id === 1) return bytes;
+      block(150); // beyond the time for the last reads
+      ahead.send("second");
+      written.resolve("first".length);
+      return bytes;
+    },
+  });
+  server.listener.connect(ahead);
+  const late = server.listener.connect();
+  await assertServed(ahead, "first");
+  const ended = server.stop();
+  await server.log.line(/stopping/);
+  late.send("block");
+  assertEquals(await ahead.written.take(), "second");
+  await ended;
+});
+
+Deno.test("an abort closes who is accepted in the same moment", async () => {
+  const late = new TestConnection();
+  const listener = new TestListener();
+  listener.close = () => void listener.connect(late);
+  await using server = start([listener]);
+  await server.stop();
+  assertEquals(late.closes, 1);
+});
+
 Deno.test("an abort gives up on what takes longer than the grace time", async () => {
   await using server = start([new TestListener()], { grace: 20 });
   const stuck = server.listener.connect(new TestConnection(0));
@@ -688,6 +757,39 @@ Deno.test("an abort gives up on what takes longer than the grace time", async ()
   await server.stop();
   assertEquals(stuck.closes, 1);
   await server.log.line(/disconnected: the server stops, write pending/);
+});
+
+Deno.test("a half-close that throws ends that client alone, and an accept that throws is tried again", async () => {
+  const fail = () => {
+    throw new Error("not here");
+  };
+  const slow = Promise.withResolvers<Uint8Array>();
+  const [listener, broken] = [new TestListener(), new TestListener()];
+  broken.accept = fail;
+  await using server = start([listener, broken], { reply: () => slow.promise });
+  await server.log.line(/error accepting pauses: Error: not here/);
+  const conns = [0, 1].map(() =>
+    listener.connect(Object.assign(new TestConnection(), { closeWrite: fail }))
+  );
+  for (const conn of conns) conn.send("hello");
+  await server.log.line(/client 2 .* sent/);
+  const totals = server.stop();
+  await server.log.line(/stopping/);
+  await new Promise((resolve) => setTimeout(resolve, 150)); // until nothing more is read
+  slow.resolve(encode("owed"));
+  for (const conn of conns) assertEquals(await conn.written.take(), "owed");
+  assertEquals((await totals).messages, 2);
+  assertEquals(conns.map((conn) => conn.closes), [1, 1]);
+});
+
+Deno.test("every address is logged in one line", async () => {
+  const listener = new TestListener();
+  Object.assign(listener, {
+    addr: { transport: "unix", path: `/run/${"long/".repeat(20)}socket` },
+  });
+  await using server = start([listener]);
+  const line = await server.log.line(/listening on/);
+  assertMatch(line, /^[^\n]+socket[^\n]+$/);
 });
 
 Deno.test("serve refuses times that are not milliseconds", async () => {
@@ -971,8 +1073,7 @@ Deno.test(
       idleTimeout,
       reply: (bytes) => {
         if (decode(bytes) !== "block") return bytes;
-        const late = performance.now() + idleTimeout + 50;
-        while (performance.now() < late); // blocks the loop beyond everybody's time
+        block(idleTimeout + 50); // beyond everybody's time
         for (const conn of conns) conn.write(encode("in time")); // at once: there is room for it
         return bytes;
       },
@@ -1083,8 +1184,7 @@ Deno.test(
       timeout,
       onReply: () => {
         if (conns.length < 50) return; // only the first reply finds all of them connected
-        const late = performance.now() + timeout + 50;
-        while (performance.now() < late); // blocks the loop beyond everybody's time
+        block(timeout + 50); // beyond everybody's time
         for (const conn of conns.splice(0).slice(1)) conn.write(encode("echo"));
       },
     });
@@ -1108,6 +1208,19 @@ Deno.test(
       await runClients({ ...fewClients, ports: server.ports, clients: 50, message, signal });
     }
     // A connection that is still open fails the test here (sanitizeResources).
+  },
+);
+
+Deno.test(
+  "a `message` that throws ends the run, and leaves no connection open",
+  withNet,
+  async () => {
+    await using server = startOnSockets();
+    const message = () => {
+      throw new Error("no message");
+    };
+    const run = runClients({ ...fewClients, ports: server.ports, clients: 20, message });
+    await assertRejects(() => run, Error, "no message");
   },
 );
 

@@ -288,7 +288,7 @@ export interface Client {
 }
 
 /**
- * Makes the reply to what one read brought: bytes, at once or in a promise; no bytes, no reply.
+ * Makes the reply to what one read brought, at once or in a promise; an empty one sends nothing.
  * `bytes` is overwritten when the reply is out: copy what you keep for longer. A reply function that
  * throws or rejects costs the client its connection.
  */
@@ -403,8 +403,9 @@ class Session implements Client {
 }
 
 /**
- * Serves every client of every listener, in one loop, until the signal aborts. Then it stops
- * listening, sends the replies that it owes, and closes everything.
+ * Serves every client of every listener, in one loop, until the signal aborts or all listeners have
+ * been closed. After an abort it stops listening, sends the replies that it owes, and closes
+ * everything.
  *
  * Trouble with one client closes that client and nothing else. One that resets before it has been
  * accepted is forgotten; when accepting fails for another reason, as when descriptors run out, it
@@ -823,7 +824,7 @@ Select server: echoes what its clients send, on several ports, in one loop.
       --ports N          how many consecutive ports (2)
       --stamp            reply as the book does: Echo=>TEXT at TIME
       --delay MS         make every transaction take MS milliseconds
-      --idle-timeout S   close a client silent for S seconds (never)
+      --idle-timeout S   close a client after S seconds without progress (never)
   -v, --verbose          log every message too
   -q, --quiet            log errors only
   -h, --help             show this help

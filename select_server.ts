@@ -39,8 +39,8 @@ const BUDGET = 120;
  */
 const CATCH_UP_TURNS = 64;
 
-/** How long the caller may take with what it got before others must be looked for, in milliseconds. */
-const LONGEST_TURN = 5;
+/** A caller that took longer than this with what it got has kept others from being seen, in ms. */
+const LONG_HANDLING = 5;
 
 /** An operation that is {@linkcode Selector.register}ed, to be done again and again. */
 export interface Operation {
@@ -157,7 +157,7 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
-    if (performance.now() - this.#handedOutAt > LONGEST_TURN) this.#turnsOwed = CATCH_UP_TURNS;
+    if (performance.now() - this.#handedOutAt > LONG_HANDLING) this.#turnsOwed = CATCH_UP_TURNS;
     if (this.#handedOut >= BUDGET) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {

@@ -403,7 +403,7 @@ Echo client: many concurrent clients that compare every byte, and a report.
   -q, --quiet           print no report
   -h, --help            show this help
 
-With MESSAGEs each client sends these, and every reply is printed.
+With MESSAGEs each client sends these, and without --json replies are printed.
 It exits with 0 only if no client failed. Ctrl-C prints the report so far.`;
 
 function parseCommandLine(args: string[]) {
@@ -422,6 +422,7 @@ function parseCommandLine(args: string[]) {
   });
   words.push(...parsed._.map(String)); // what came after --
   const { verify, json, quiet, help, host = "127.0.0.1" } = parsed;
+  if (json && quiet) throw new UsageError("--quiet --json: expected one of them");
   if (host === "") throw new UsageError("--host without a value: expected an address or a name");
   if (words.includes("")) throw new UsageError('"": expected a MESSAGE of at least one byte');
   if (words.length > 0 && (parsed.messages ?? parsed.size) !== undefined) {
@@ -484,7 +485,7 @@ async function main(args: string[]): Promise<number> {
     signal: stop.signal,
     onReply: (client, reply) => {
       replies++;
-      if (words.length > 0) {
+      if (words.length > 0 && !command.json) {
         console.log(`client ${client} received: ${new TextDecoder().decode(reply)}`);
       }
     },

@@ -441,7 +441,7 @@ export async function serve(
   const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
   let closing = false; // after the last reads: what is owed is written, nothing more is read
   let overdueSince = Infinity; // since when a deadline has passed, so that select only polls
-  let served = false; // whether anybody has been, since select was last called
+  let found = false; // whether select has just found anything
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
 
   const aborted = Promise.withResolvers<void>();
@@ -457,6 +457,7 @@ export async function serve(
   // ---- The loop
   while (listening.size > 0 || clients.size > 0 || deadlines.lastReads < Infinity) {
     for (const completion of await selector.select(timeLeft())) {
+      found = true;
       // A client may have been closed while its completion was on its way.
       if ("client" in completion && !completion.client.open) continue;
       switch (completion.type) {
@@ -614,7 +615,6 @@ export async function serve(
   /** Notes which operation is pending, since now; the client comes after those with older ones. */
   function setPending(client: Session, pending: Session["pending"]): void {
     client.pending = pending;
-    served = true;
     if (idleTimeout === Infinity) return;
     client.since = performance.now();
     clients.delete(client);
@@ -652,18 +652,19 @@ export async function serve(
     const next = nextDeadline();
     const now = next === Infinity ? 0 : performance.now();
     overdueSince = now < next ? Infinity : Math.min(overdueSince, now);
-    served = false;
+    found = false;
     return next - now;
   }
 
   function meetDeadlines(): void {
     if (overdueSince === Infinity) return;
     const now = performance.now();
+    // The loop may be late, and what came before a deadline counts: first a poll must find nothing.
+    const mayHaveSent = (deadline: number) =>
+      found && now < Math.max(overdueSince, deadline) + LONGEST_POLLING;
     for (const client of clients) {
       if (now < client.since + idleTimeout) break; // and so it is for all who come after
-      // The loop may be late, and what came in time counts: first a poll must find nobody to serve.
-      const since = Math.max(overdueSince, client.since + idleTimeout);
-      if (served && now < since + LONGEST_POLLING) break;
+      if (mayHaveSent(client.since + idleTimeout)) break;
       leave(client, `${IDLE[client.pending]} for ${idleTimeout / 1000} s`);
     }
     if (now >= deadlines.acceptRetry) {
@@ -673,7 +674,7 @@ export async function serve(
     }
     if (now >= deadlines.lastReads) {
       closing = true; // who is answered from now on is half-closed, and who is silent is closed
-      if (!served || now >= deadlines.lastReads + LONGEST_POLLING) {
+      if (!mayHaveSent(deadlines.lastReads)) {
         deadlines.lastReads = Infinity;
         for (const client of clients) {
           if (client.pending === "read" && !client.halfClosed) leave(client, "the server stops");

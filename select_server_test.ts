@@ -724,7 +724,7 @@ Deno.test("an abort waits for what was sent ahead of it, though the loop is late
   await using server = start([new TestListener()], {
     reply: (bytes, client) => {
       if (client.id === 1) return bytes;
-      block(150); // beyond the time for the last reads
+      block(1200); // beyond the time for the last reads, and for polls
       ahead.send("second");
       written.resolve("first".length);
       return bytes;
@@ -737,6 +737,33 @@ Deno.test("an abort waits for what was sent ahead of it, though the loop is late
   await server.log.line(/stopping/);
   late.send("block");
   assertEquals(await ahead.written.take(), "second");
+  await ended;
+});
+
+Deno.test("an abort does not take the failure of one client for the silence of others", async () => {
+  const ahead = new TestConnection();
+  const written = Promise.withResolvers<number>();
+  ahead.write = (bytes) => {
+    ahead.written.put(decode(bytes));
+    return written.promise;
+  };
+  await using server = start([new TestListener()], {
+    reply: (bytes, client) => {
+      if (client.id === 1) return bytes;
+      block(150); // beyond the time for the last reads
+      return Promise.reject(new Error("no"));
+    },
+  });
+  server.listener.connect(ahead);
+  const failing = server.listener.connect();
+  ahead.send("one");
+  ahead.send("two");
+  assertEquals(await ahead.written.take(), "one");
+  const ended = server.stop();
+  await server.log.line(/stopping/);
+  written.resolve("one".length);
+  failing.send("bad");
+  assertEquals(await ahead.written.take(), "two");
   await ended;
 });
 
@@ -1338,6 +1365,7 @@ const badUse: [typeof server, string, RegExp][] = [
   [client, "--clients 0", /--clients 0: expected a whole number from 1/],
   [client, "--size 1.5", /--size 1\.5: expected a whole number/],
   [client, "--timeout -3", /-3: expected a number from 0 up/],
+  [client, "--quiet --json", /--quiet --json: expected one of them/],
   [client, "--messages 2 hello", /hello: expected either MESSAGEs or --messages/],
 ];
 Deno.test(
@@ -1427,6 +1455,10 @@ Deno.test(
     const report = JSON.parse(json.log.lines[0].slice("info ".length));
     assertEquals([report.succeeded, report.failed, report.echoes, report.bytes], [3, 0, 6, 30]);
     assertEquals(report.finished.first <= report.finished.last, true);
+
+    const both = client(...ports, "--json", "Hello network world");
+    assertEquals(await both.ended(), 0);
+    assertEquals(JSON.parse(both.log.lines.join("").slice("info ".length)).echoes, 1);
 
     const book = client(...ports, "Hello network world", "007");
     assertEquals(await book.ended(), 0);

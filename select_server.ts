@@ -39,11 +39,8 @@ const BUDGET = 120;
  */
 const CATCH_UP_TURNS = 64;
 
-/** How long to be busy before the runtime must look for who has become ready, in milliseconds. */
-const LOOK_AFTER = 5;
-
-/** It has not looked in a wait below this, in milliseconds: what ended that was under way already. */
-const SHORTEST_WAIT = 0.04;
+/** A caller that took longer than this with what it got has kept others from being seen, in ms. */
+const LONG_HANDLING = 5;
 
 /** An operation that is {@linkcode Selector.register}ed, to be done again and again. */
 export interface Operation {
@@ -91,10 +88,10 @@ export class Selector<T> {
   readonly #nextRound: Operation[] = [];
   /** How much of the budget has been handed out since `#turns` last gave the event loop a turn. */
   #handedOut = 0;
-  /** Turns to take before the next round, for the runtime to look for who is ready. */
+  /** Turns to take before the next round: a wake-up used up the budget, or the caller took long. */
   #turnsOwed = 0;
-  /** When it last had time to. */
-  #lookedAt = 0;
+  /** Since when the caller has had what `select` resolved to. */
+  #handedOutAt = Infinity;
   /** Ends the wait of the pending `select`. */
   #wake?: () => void;
   #selecting = false;
@@ -160,6 +157,7 @@ export class Selector<T> {
     }
     if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
     this.#selecting = true;
+    if (performance.now() - this.#handedOutAt > LONG_HANDLING) this.#turnsOwed = CATCH_UP_TURNS;
     if (this.#handedOut >= BUDGET) await this.#turns(1);
     while (this.#ready.length === 0) {
       if (this.#round.length > 0) {
@@ -168,10 +166,8 @@ export class Selector<T> {
         if (this.#round.length > 0) await this.#turns(1);
       } else if (this.#turnsOwed > 0) {
         this.#turnsOwed -= await this.#turns(this.#turnsOwed);
-        if (this.#turnsOwed === 0) this.#lookedAt = performance.now();
       } else if (this.#nextRound.length > 0) {
-        if (performance.now() - this.#lookedAt > LOOK_AFTER) this.#turnsOwed = CATCH_UP_TURNS;
-        else this.#round = this.#nextRound.splice(0).reverse();
+        this.#round = this.#nextRound.splice(0).reverse();
       } else if (!await this.#wait(timeout)) {
         break;
       }
@@ -182,6 +178,7 @@ export class Selector<T> {
     // to timers, to signals, and to those who are waiting.
     this.#handedOut += Math.max(completions.length, BUDGET / 8);
     if (completions.length >= BUDGET) this.#turnsOwed = CATCH_UP_TURNS;
+    this.#handedOutAt = performance.now();
     this.#selecting = false;
     return completions;
   }
@@ -206,7 +203,6 @@ export class Selector<T> {
 
   /** Resolves to false when the time was up first. */
   async #wait(timeout: number): Promise<boolean> {
-    const start = performance.now();
     if (timeout > 0) {
       const { promise, resolve } = Promise.withResolvers<void>();
       this.#wake = resolve;
@@ -219,8 +215,6 @@ export class Selector<T> {
     } else {
       await this.#turns(CATCH_UP_TURNS);
     }
-    const end = performance.now();
-    if (end - start >= SHORTEST_WAIT) this.#lookedAt = end;
     return this.#ready.length > 0;
   }
 }

@@ -240,7 +240,7 @@ Deno.test("(the same crowd starves somebody when it is not served in rounds)", a
   assertEquals(Math.min(...await serveCrowd("start")), 0);
 });
 
-Deno.test("who became ready while the loop was busy comes before the next round", async () => {
+Deno.test("who became ready while the caller took long comes before the next round", async () => {
   const selector = new Selector<string>();
   const tireless = selector.register(() => Promise.resolve(), () => "tireless", String);
   tireless.startNextRound();

@@ -437,7 +437,7 @@ export async function serve(
   const selector = new Selector<Completion>();
   const listening = new Set(listeners);
   const paused = new Set<Listener>(); // not accepting for now: out of descriptors
-  const clients = new Set<Session>(); // with an idle timeout, longest waited for first
+  const clients = new Set<Session>(); // with an idle timeout, in the order of their `since`
   const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
   let closing = false; // after the last reads: what is owed is written, nothing more is read
   let overdueSince = Infinity; // since when a deadline has passed, so that select only polls

@@ -24,7 +24,7 @@ const withRun = { ignore: withNet.ignore || !await granted("run") };
 
 const encode = (text: string) => new TextEncoder().encode(text);
 const decode = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-const block = (ms: number) => {
+const blockFor = (ms: number) => {
   for (const end = performance.now() + ms; performance.now() < end;);
 };
 const tick = () => new Promise<void>((resolve) => void setImmediate(resolve));
@@ -245,7 +245,7 @@ Deno.test("who became ready while the caller took long comes before the next rou
   const tireless = selector.register(() => Promise.resolve(), () => "tireless", String);
   tireless.startNextRound();
   assertEquals(await selector.select(), ["tireless"]);
-  block(10);
+  blockFor(10);
   const putOff = async () => {
     for (let turn = 0; turn < 60; turn++) await tick();
   };
@@ -373,6 +373,17 @@ class TestConnection implements Connection {
     this.closes++;
     this.incoming.close(new Deno.errors.Interrupted("operation canceled"));
   }
+}
+
+/** A connection whose writes complete when the test resolves `written`. */
+function withHeldWrites() {
+  const conn = new TestConnection();
+  const written = Promise.withResolvers<number>();
+  conn.write = (bytes) => {
+    conn.written.put(decode(bytes));
+    return written.promise;
+  };
+  return { conn, written };
 }
 
 /** A listening socket that accepts what the test puts into it. */
@@ -525,11 +536,13 @@ Deno.test("a read that rejects ends that client alone, with one line", async () 
   assertEquals(server.log.count(/client 1 .* disconnected/), 1);
 });
 
-Deno.test("a write that never completes holds nobody else up", async () => {
+Deno.test("a write that never completes holds its client back, and nobody else up", async () => {
   await using server = start([new TestListener()], { grace: 10 });
-  server.listener.connect(new TestConnection(0)).send("never read");
+  const stuck = server.listener.connect(new TestConnection(0));
+  for (let i = 0; i < 10; i++) stuck.send("never read");
   const other = server.listener.connect();
   for (let i = 0; i < 10; i++) await assertServed(other);
+  assertEquals(server.log.count(/client 1 .* sent/), 1);
 });
 
 Deno.test("a client that has reset before its options are set is still only one client", async () => {
@@ -610,7 +623,7 @@ Deno.test("what has come in time counts, though the loop was late to look", asyn
     idleTimeout: 30,
     reply: (bytes, client) => {
       if (client.id === 1) return bytes;
-      block(60); // beyond the first client's time
+      blockFor(60); // beyond the first client's time
       first.send("in time");
       return bytes;
     },
@@ -625,7 +638,7 @@ Deno.test("what has come in time counts, though the loop is late every time", as
   await using server = start([new TestListener()], {
     idleTimeout: 30,
     reply: (bytes, client) => {
-      block(40); // meanwhile somebody is always overdue
+      blockFor(40); // meanwhile somebody is always overdue
       conns[client.id % conns.length].send("next");
       return bytes;
     },
@@ -715,16 +728,11 @@ Deno.test("an abort waits for what was sent before it, and for the reply to it",
 });
 
 Deno.test("an abort waits for what was sent ahead of it, though the loop is late", async () => {
-  const ahead = new TestConnection();
-  const written = Promise.withResolvers<number>();
-  ahead.write = (bytes) => {
-    ahead.written.put(decode(bytes));
-    return written.promise;
-  };
+  const { conn: ahead, written } = withHeldWrites();
   await using server = start([new TestListener()], {
     reply: (bytes, client) => {
       if (client.id === 1) return bytes;
-      block(1200); // beyond the time for the last reads, and for polls
+      blockFor(1200); // beyond the time for the last reads, and for polls
       ahead.send("second");
       written.resolve("first".length);
       return bytes;
@@ -741,16 +749,11 @@ Deno.test("an abort waits for what was sent ahead of it, though the loop is late
 });
 
 Deno.test("an abort does not take the failure of one client for the silence of others", async () => {
-  const ahead = new TestConnection();
-  const written = Promise.withResolvers<number>();
-  ahead.write = (bytes) => {
-    ahead.written.put(decode(bytes));
-    return written.promise;
-  };
+  const { conn: ahead, written } = withHeldWrites();
   await using server = start([new TestListener()], {
     reply: (bytes, client) => {
       if (client.id === 1) return bytes;
-      block(150); // beyond the time for the last reads
+      blockFor(150); // beyond the time for the last reads
       return Promise.reject(new Error("no"));
     },
   });
@@ -1100,7 +1103,7 @@ Deno.test(
       idleTimeout,
       reply: (bytes) => {
         if (decode(bytes) !== "block") return bytes;
-        block(idleTimeout + 50); // beyond everybody's time
+        blockFor(idleTimeout + 50); // beyond everybody's time
         for (const conn of conns) conn.write(encode("in time")); // at once: there is room for it
         return bytes;
       },
@@ -1211,7 +1214,7 @@ Deno.test(
       timeout,
       onReply: () => {
         if (conns.length < 50) return; // only the first reply finds all of them connected
-        block(timeout + 50); // beyond everybody's time
+        blockFor(timeout + 50); // beyond everybody's time
         for (const conn of conns.splice(0).slice(1)) conn.write(encode("echo"));
       },
     });

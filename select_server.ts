@@ -1,695 +1,295 @@
 /**
  * One process, no threads, two listening ports, and one loop that serves every client: the
- * select-based echo server of *Programming Python* (4th edition, Example 12-9), for Deno. Pending
- * accepts, reads, replies and writes are raced in that one loop, so that neither a slow client nor
- * a long transaction keeps anybody else waiting.
+ * select-based echo server of *Programming Python* (4th edition, Example 12-9), for Deno 2.6 or later.
+ * The loop asks select which accepts, reads, replies and writes have completed, and starts the next
+ * ones; it never waits for one of them alone, so nobody keeps anybody else waiting.
  *
- * ```sh
- * deno run --allow-net select_server.ts
- * ```
- *
- * @example Serve something other than echoes
- * ```ts
- * import { listen, serve } from "./select_server.ts";
- *
- * const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
- * const reply = (bytes: Uint8Array) => new TextEncoder().encode(text(bytes).toUpperCase());
- * if (import.meta.main) await serve(listen(), { reply, logger: console });
- * ```
+ *     deno run --allow-net select_server.ts
  *
  * @module
  */
+import { parseArgs } from "jsr:@std/cli@^1/parse-args"; // in full: so this file runs where it is copied
+import { setImmediate } from "node:timers";
+import { setTimeout as delay } from "node:timers/promises";
 
-// The package is named in full so that this file runs where it is copied to, without a deno.json.
-import { parseArgs } from "jsr:@std/cli@^1/parse-args";
+// ---- What can complete, and what a client is
 
-// ---- The selector
+type Completion =
+  | { type: "accepted"; listener: Deno.Listener; conn: Connection }
+  | { type: "accept failed"; listener: Deno.Listener; error: unknown }
+  | { type: "received"; client: Client; count: number | null }
+  | { type: "replied"; client: Client; reply: Uint8Array | null }
+  | { type: "sent"; client: Client; count: number }
+  | { type: "failed"; client: Client; error: unknown }
+  | { type: "tick" }
+  | { type: "abort" };
 
-/**
- * How many operations may complete in one wake-up before others are put off. tokio lets a task
- * complete 128 I/O operations each time it runs (`tokio::task::coop`); staying a little below that
- * leaves room for operations that are not ours.
- */
-const BUDGET = 120;
+type Connection = Deno.Conn & Partial<Pick<Deno.TcpConn, "setNoDelay">>;
+type Push = (completion: Completion) => void;
 
-/**
- * How many turns of the event loop bring in those who were put off. They are looked at again after
- * tokio has next asked the system what is ready, which a busy program lets it do every 61 task runs
- * (its `event_interval`).
- */
-const CATCH_UP_TURNS = 64;
+const SMALL_BUFFER = 4 * 1024; // a pending read holds its buffer: a small one while it is quiet,
+const LARGE_BUFFER = 32 * 1024; // and a large one after a read that has filled it
+const NOTHING = new Uint8Array(0);
 
-/** A caller that took longer than this with what it got has kept others from being seen, in ms. */
-const LONG_HANDLING = 5;
+/** One operation of a client is pending at a time; its completion is pushed to the selector. */
+class Client {
+  state: "reading" | "replying" | "writing" | "closed" = "reading";
+  halfClosed = false; // we have sent the end of the stream
+  ticks = 0; // since it last made progress
+  buffer = new Uint8Array(SMALL_BUFFER);
+  nextSize = SMALL_BUFFER; // of the buffer, from the next read on
+  unsent: Uint8Array = NOTHING; // the part of the reply that is still to be written
+  reply?: Reply; // made with its first message
 
-/** An operation that is {@linkcode Selector.register}ed, to be done again and again. */
-export interface Operation {
-  /**
-   * Starts it. Its result comes out of {@linkcode Selector.select} once, as a completion. What is
-   * always ready again goes before all that waits for the next round, if it starts in this way.
-   */
-  start(): void;
-  /**
-   * Starts it in a call of {@linkcode Selector.select} that has handed out everything that is ready
-   * (and not in one that waits already).
-   */
-  startNextRound(): void;
+  constructor(readonly name: string, readonly conn: Connection, readonly push: Push) {}
+
+  // Made once a client: made at every call, these would be most of the loop's garbage.
+  startRead = () => {
+    if (this.buffer.length !== this.nextSize) this.buffer = new Uint8Array(this.nextSize);
+    this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
+  };
+  startWrite = () => void this.conn.write(this.unsent).then(this.onSent, this.onFailed);
+  onReceived = (count: number | null) => this.push({ type: "received", client: this, count });
+  onReplied = (reply: Uint8Array | null) => this.push({ type: "replied", client: this, reply });
+  onSent = (count: number) => this.push({ type: "sent", client: this, count });
+  onFailed = (error: unknown) => this.push({ type: "failed", client: this, error });
 }
 
 /**
- * select() for promises: watch operations as they start, then ask again and again which of them have
- * completed.
- *
- * Where select(2) tells that a socket is *ready* for an operation, a selector tells that an operation
- * is *complete*, as a `T`, which is yours to choose; a discriminated union serves well. Each promise
- * is subscribed to once, so a call of {@linkcode Selector.select} costs what has completed, however
- * much else is pending. (`Promise.race` subscribes to all of it again, each time.)
- *
- * Nobody starves, as it goes in rounds: what is started by {@linkcode Operation.startNextRound}
- * starts when everything that was ready before has been handed out.
- *
- * @example Wait for whatever comes first
- * ```ts
- * import { Selector } from "./select_server.ts";
- *
- * const selector = new Selector<string>();
- * selector.watch(Promise.resolve(1), (value) => `got ${value}`, String);
- * selector.watch(Promise.reject("gone"), String, (reason) => `rejected: ${reason}`);
- * console.log(await selector.select()); // [ "got 1", "rejected: gone" ]
- * console.log(await selector.select(10)); // []: nothing has completed within 10 ms
- * ```
+ * Makes the reply to what one read has brought, at once or in a promise. An empty one sends nothing,
+ * null ends the client. `bytes` is overwritten when the reply is out: copy what you keep for longer.
  */
-export class Selector<T> {
-  /** Completed, in that order, and not yet handed out. */
-  #ready: T[] = [];
-  /** What is still to start in this round, in reverse order. */
-  #round: Operation[] = [];
-  /** What starts in the next round. */
-  readonly #nextRound: Operation[] = [];
-  /** How much of the budget has been handed out since `#turns` last gave the event loop a turn. */
-  #handedOut = 0;
-  /** Turns to take before the next round: a wake-up used up the budget, or the caller took long. */
-  #turnsOwed = 0;
-  /** Since when the caller has had what `select` resolved to. */
-  #handedOutAt = Infinity;
-  /** Ends the wait of the pending `select`. */
-  #wake?: () => void;
-  #selecting = false;
+export type Reply = (bytes: Uint8Array) => Uint8Array | null | Promise<Uint8Array | null>;
 
-  /**
-   * Watches an operation that has started. `fulfilled` or `rejected` (the two functions that `then`
-   * takes; they must not throw) turns its result into the completion that {@linkcode Selector.select}
-   * hands out, once.
-   *
-   * @param promise The pending operation.
-   * @param fulfilled Makes a completion of the value.
-   * @param rejected Makes a completion of the reason, so that no rejection is lost or left unhandled.
-   */
-  watch<V>(
-    promise: Promise<V>,
-    fulfilled: (value: V) => T,
-    rejected: (reason: unknown) => T,
-  ): void {
-    promise.then(
-      (value) => this.#complete(fulfilled(value)),
-      (reason) => this.#complete(rejected(reason)),
-    );
-  }
+/** Takes the lines of the log; a level that it lacks is not logged. `console` is one. */
+export type Logger = Partial<Record<"error" | "info" | "debug", (line: string) => void>>;
 
-  /**
-   * Registers an operation that is done again and again, as the reads of one client are. If they all
-   * start in the next round, no client is read from a second time before everybody who is ready has
-   * been read from once.
-   *
-   * @param start Starts the operation. What it throws counts as a rejection.
-   * @param fulfilled Makes a completion of the value. Like `rejected`, it must not throw.
-   * @param rejected Makes a completion of the reason.
-   * @returns The operation, not started yet.
-   */
-  register<V>(
-    start: () => Promise<V>,
-    fulfilled: (value: V) => T,
-    rejected: (reason: unknown) => T,
-  ): Operation {
-    return new RegisteredOperation(
-      start,
-      (value) => this.#complete(fulfilled(value)),
-      (reason) => this.#complete(rejected(reason)),
-      this.#nextRound,
-    );
-  }
-
-  /**
-   * Waits until something has completed, and resolves to all that has since the last call, in order
-   * of completion.
-   *
-   * @param timeout The longest wait in milliseconds (`select`'s fourth argument, which is in seconds).
-   * Without it, it waits for as long as it takes; 0 or less polls, and takes what the runtime has
-   * ready to deliver. A wait beyond 2,147,483,647 ms, the most that the HTML standard's timers count,
-   * may end then.
-   * @returns The completions; an empty list means that the time is up.
-   * @throws {RangeError} If `timeout` is not a number.
-   * @throws {Deno.errors.Busy} If an earlier call is still waiting.
-   */
-  async select(timeout = Infinity): Promise<T[]> {
-    if (Number.isNaN(timeout)) {
-      throw new RangeError("select: timeout is NaN, expected milliseconds");
-    }
-    if (this.#selecting) throw new Deno.errors.Busy("select: an earlier call is still waiting");
-    this.#selecting = true;
-    if (performance.now() - this.#handedOutAt > LONG_HANDLING) this.#turnsOwed = CATCH_UP_TURNS;
-    if (this.#handedOut >= BUDGET) await this.#turns(1);
-    while (this.#ready.length === 0) {
-      if (this.#round.length > 0) {
-        // Half the budget in one turn: each may complete at once, and lead to one more operation.
-        for (let i = 0; i < BUDGET / 2; i++) this.#round.pop()?.start();
-        if (this.#round.length > 0) await this.#turns(1);
-      } else if (this.#turnsOwed > 0) {
-        this.#turnsOwed -= await this.#turns(this.#turnsOwed);
-      } else if (this.#nextRound.length > 0) {
-        this.#round = this.#nextRound.splice(0).reverse();
-      } else if (!await this.#wait(timeout)) {
-        break;
-      }
-    }
-    const completions = this.#ready;
-    this.#ready = [];
-    // Accepts come one by one, and each takes longer than an echo: a flood of them must leave turns
-    // to timers, to signals, and to those who are waiting.
-    this.#handedOut += Math.max(completions.length, BUDGET / 8);
-    if (completions.length >= BUDGET) this.#turnsOwed = CATCH_UP_TURNS;
-    this.#handedOutAt = performance.now();
-    this.#selecting = false;
-    return completions;
-  }
-
-  #complete(completion: T): void {
-    this.#ready.push(completion);
-    this.#wake?.();
-  }
-
-  /** Gives the event loop turns until something completes; resolves to how many it took. */
-  #turns(most: number): Promise<number> {
-    this.#handedOut = 0;
-    const { promise, resolve } = Promise.withResolvers<number>();
-    let taken = 0;
-    const turn = () => {
-      if (++taken < most && this.#ready.length === 0) setImmediate(turn);
-      else resolve(taken);
-    };
-    setImmediate(turn);
-    return promise;
-  }
-
-  /** Resolves to false when the time was up first. */
-  async #wait(timeout: number): Promise<boolean> {
-    if (timeout > 0) {
-      const { promise, resolve } = Promise.withResolvers<void>();
-      this.#wake = resolve;
-      const timer = timeout < Infinity
-        ? setTimeout(resolve, Math.min(timeout, 2 ** 31 - 1))
-        : undefined;
-      await promise;
-      clearTimeout(timer);
-      this.#wake = undefined;
-    } else {
-      await this.#turns(CATCH_UP_TURNS);
-    }
-    return this.#ready.length > 0;
-  }
-}
-
-/** Its functions are made once, as those made at every start would be most of the loop's garbage. */
-class RegisteredOperation<V> implements Operation {
-  readonly #start: () => Promise<V>;
-  readonly #onFulfilled: (value: V) => void;
-  readonly #onRejected: (reason: unknown) => void;
-  readonly #nextRound: Operation[];
-
-  constructor(
-    start: () => Promise<V>,
-    onFulfilled: (value: V) => void,
-    onRejected: (reason: unknown) => void,
-    nextRound: Operation[],
-  ) {
-    this.#start = start;
-    this.#onFulfilled = onFulfilled;
-    this.#onRejected = onRejected;
-    this.#nextRound = nextRound;
-  }
-
-  start(): void {
-    try {
-      this.#start().then(this.#onFulfilled, this.#onRejected);
-    } catch (reason) {
-      this.#onRejected(reason);
-    }
-  }
-
-  startNextRound(): void {
-    this.#nextRound.push(this);
-  }
-}
-
-// ---- The server
-
-/** What the loop needs of a connection; a `Deno.Conn` has it. */
-export interface Connection {
-  /** The client's address. */
-  readonly remoteAddr: Deno.Addr;
-  /** Resolves to the number of bytes put into `buffer`, or to null at the end of the stream. */
-  read(buffer: Uint8Array): Promise<number | null>;
-  /** Resolves to the number of bytes taken from `bytes`, which may be only a part of them. */
-  write(bytes: Uint8Array): Promise<number>;
-  /** Sends the end of the stream, and leaves reading open, where the connection can do so. */
-  closeWrite?(): Promise<void>;
-  /** Closes both directions. */
-  close(): void;
-  /** Sends small writes at once (TCP_NODELAY), where the connection knows of that. */
-  setNoDelay?(noDelay?: boolean): void;
-}
-
-/** What the loop needs of a listening socket; a `Deno.Listener` has it. */
-export interface Listener {
-  /** The address it listens on. */
-  readonly addr: Deno.Addr;
-  /** Resolves to the next client's connection. */
-  accept(): Promise<Connection>;
-  /** Stops listening. */
-  close(): void;
-}
-
-/** Whom a reply is for. */
-export interface Client {
-  /** Counts the server's clients, from 1. */
-  readonly id: number;
-  /** The client's address. */
-  readonly remoteAddr: Deno.Addr;
-}
-
-/**
- * Makes the reply to what one read brought, at once or in a promise; an empty one sends nothing.
- * `bytes` is overwritten when the reply is out: copy what you keep for longer. A reply function that
- * throws or rejects costs the client its connection.
- */
-export type Reply = (bytes: Uint8Array, client: Client) => Uint8Array | Promise<Uint8Array>;
-
-/** Takes the lines of the log; the levels it lacks are not logged. `console` is one. */
-export interface Logger {
-  /** What somebody should look into. */
-  error?(line: string): void;
-  /** Ports opened, clients that come and go. */
-  info?(line: string): void;
-  /** Every message. */
-  debug?(line: string): void;
-}
-
-/** How to {@linkcode serve}. */
+/** How to {@linkcode serve}; times are in milliseconds. */
 export interface ServeOptions {
-  /** Makes the replies. By default {@linkcode echo}. */
-  reply?: Reply;
-  /** Closes a client with which nothing has happened for so many milliseconds. By default never. */
+  /** Makes a client's reply function, with its first message. By default {@linkcode echo}. */
+  protocol?: (remoteAddr: Deno.Addr) => Reply;
+  /** Closes a client that has made no progress for so long. By default never. */
   idleTimeout?: number;
   /** Stops the server when it aborts. */
   signal?: AbortSignal;
-  /** The time for replies still owed when the signal aborts, in milliseconds. By default 5,000. */
+  /** How long a stop waits for the replies that are owed. By default 5,000. */
   grace?: number;
-  /** Takes the log. By default errors go to the console. */
+  /** By default errors go to the console. */
   logger?: Logger;
 }
 
-/** What {@linkcode serve} has done. */
-export interface Totals {
-  /** Clients accepted. */
-  clients: number;
-  /** Messages read, a message being what one read brought. */
-  messages: number;
-  /** Bytes read. */
-  bytes: number;
-}
+/** What {@linkcode serve} has done; a message is what one read has brought. */
+export type Totals = { clients: number; messages: number; bytes: number };
 
-/** What select tells the loop. */
-type Completion =
-  | { type: "accept"; listener: Listener; conn: Connection }
-  | { type: "accept error"; listener: Listener; error: unknown }
-  | { type: "read"; client: Session; count: number | null }
-  | { type: "reply"; client: Session; bytes: Uint8Array }
-  | { type: "write"; client: Session; count: number }
-  | { type: "half-close"; client: Session }
-  | { type: "client error"; client: Session; error: unknown }
-  | { type: "abort" };
+const TICK = 100; // ms: time is counted in ticks
+const LINGER = 500; // ms: a client that stays silent for so long after our goodbye is closed
+const { NotConnected, ConnectionAborted, BadResource } = Deno.errors;
 
-/** A pending read holds its buffer: a small one, and a large one after a read that has filled it. */
-const SMALLEST_BUFFER = 4 * 1024;
-const LARGEST_BUFFER = 32 * 1024;
-
-/** What the log says of a client for which the idle timeout is up, by what is pending. */
-const IDLE = { read: "silent", reply: "without its reply", write: "not reading its reply" };
-
-/** How long polls for what may have come in time go on under a load that never ends, in milliseconds. */
-const LONGEST_POLLING = 1000;
-
-/** After an abort, how long to go on reading what clients had sent before it, in milliseconds. */
-const LAST_READS = 100;
-
-/** What accept rejects with when the client has reset or given up before it. */
-const LOST_BEFORE_ACCEPT = [
-  Deno.errors.NotConnected,
-  Deno.errors.ConnectionReset,
-  Deno.errors.ConnectionAborted,
-];
-
-/** Out of descriptors, how long to wait before accepting is tried again, in milliseconds. */
-const ACCEPT_RETRY = 1000;
-
-/** A client that is being served. Exactly one of its operations is pending at any time. */
-class Session implements Client {
-  readonly remoteAddr: Deno.Addr;
-  /** For the log. */
-  readonly name: string;
-  readonly read: Operation;
-  readonly write: Operation;
-  open = true;
-  halfClosed = false;
-  /** What is pending, and since when. */
-  pending: "read" | "reply" | "write" = "read";
-  since = 0;
-  /** What reads fill, and the size that the next one should have. */
-  buffer = new Uint8Array(SMALLEST_BUFFER);
-  nextSize = SMALLEST_BUFFER;
-  /** The part of the reply that is still to be written. */
-  unsent: Uint8Array = new Uint8Array(0);
-
-  readonly onError = (error: unknown): Completion => ({
-    type: "client error",
-    client: this,
-    error,
-  });
-
-  constructor(readonly id: number, readonly conn: Connection, selector: Selector<Completion>) {
-    this.remoteAddr = conn.remoteAddr;
-    this.name = `client ${id} (${formatAddress(this.remoteAddr)})`;
-    this.read = selector.register(
-      () => conn.read(this.buffer),
-      (count) => ({ type: "read", client: this, count }),
-      this.onError,
-    );
-    this.write = selector.register(
-      () => conn.write(this.unsent),
-      (count) => ({ type: "write", client: this, count }),
-      this.onError,
-    );
-  }
-}
+// ---- The server
 
 /**
- * Serves every client of every listener, in one loop, until the signal aborts or all listeners have
- * been closed. After an abort it stops listening, sends the replies that it owes, and closes
- * everything.
+ * Serves every client of every listener in one loop, until the signal aborts, or all listeners have
+ * been closed and all clients have left. An abort closes the listeners, sends the replies that are
+ * owed, and ends. Trouble with one client closes that client and nothing else.
  *
- * Trouble with one client closes that client and nothing else. One that resets before it has been
- * accepted is forgotten; when accepting fails for another reason, as when descriptors run out, it
- * pauses until a client leaves or a second has passed.
- *
- * @param listeners Where clients are accepted. The server closes them when it stops.
- * @param options The reply function, the idle timeout, the signal and the log.
- * @returns What has been done, once nobody is being listened to or served any more.
  * @throws {RangeError} If `idleTimeout` or `grace` is not a number of milliseconds from 0 up.
  *
- * @example Serve echoes for a tenth of a second
+ * @example Echo for a tenth of a second
  * ```ts
  * import { listen, serve } from "./select_server.ts";
- *
- * const totals = await serve(listen({ port: 0 }), { signal: AbortSignal.timeout(100) });
- * console.log(totals); // { clients: 0, messages: 0, bytes: 0 }
+ * console.log(await serve(listen({ port: 0 }), { signal: AbortSignal.timeout(100) }));
  * ```
  */
 export async function serve(
-  listeners: Iterable<Listener>,
+  listeners: Deno.Listener[],
   options: ServeOptions = {},
 ): Promise<Totals> {
-  const { reply = echo, idleTimeout = Infinity, grace = 5000, signal } = options;
+  const { protocol = () => echo, idleTimeout = Infinity, grace = 5000, signal } = options;
   const logger: Logger = options.logger ?? { error: console.error };
   for (const [name, value] of Object.entries({ idleTimeout, grace })) {
     if (!(value >= 0)) throw new RangeError(`${name} is ${value}, expected milliseconds from 0 up`);
   }
-
   const selector = new Selector<Completion>();
+  const push: Push = (completion) => selector.push(completion);
   const listening = new Set(listeners);
-  const paused = new Set<Listener>(); // not accepting for now: out of descriptors
-  const clients = new Set<Session>(); // with an idle timeout, in the order of their `since`
-  const deadlines = { acceptRetry: Infinity, lastReads: Infinity, grace: Infinity };
-  let closing = false; // after the last reads: what is owed is written, nothing more is read
-  let overdueSince = Infinity; // since when a deadline has passed, so that select only polls
-  let found = false; // whether select has just found anything
+  const clients = new Set<Client>();
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
+  let paused: Set<Deno.Listener> | undefined; // out of descriptors: who accepts again at the next tick
+  let graceLeft: number | undefined; // once the signal has aborted
+  let timer: ReturnType<typeof setTimeout> | undefined;
 
-  const aborted = Promise.withResolvers<void>();
-  const onAbort = () => aborted.resolve();
+  const onAbort = () => push({ type: "abort" });
   signal?.addEventListener("abort", onAbort);
-  selector.watch(aborted.promise, () => ({ type: "abort" }), () => ({ type: "abort" }));
-  if (signal?.aborted) stop();
+  if (signal?.aborted) onAbort();
+  if (idleTimeout < Infinity) startTicking();
   for (const listener of listening) {
     log("info", `listening on ${formatAddress(listener.addr)}`);
-    accept(listener);
+    startAccept(listener);
   }
 
-  // ---- The loop
-  while (listening.size > 0 || clients.size > 0 || deadlines.lastReads < Infinity) {
-    for (const completion of await selector.select(timeLeft())) {
-      found = true;
+  while (listening.size > 0 || clients.size > 0) {
+    for (const completion of await selector.select()) {
       // A client may have been closed while its completion was on its way.
-      if ("client" in completion && !completion.client.open) continue;
+      if ("client" in completion && completion.client.state === "closed") continue;
       switch (completion.type) {
-        case "accept": // a client has connected: watch for the next one, and for what this one says
-          accept(completion.listener);
-          read(welcome(completion.conn));
+        case "accepted": // a client has connected: wait for the next one, and for what it says
+          startAccept(completion.listener);
+          welcome(completion.conn);
           break;
-        case "read": // null is the end of the stream, and all before it has been answered
-          if (completion.count === null) leave(completion.client, "end of stream");
+        case "received": // null is the end of the stream, and all before it has been answered
+          if (completion.count === null) disconnect(completion.client, "end of stream");
           else answer(completion.client, completion.count);
           break;
-        case "reply": // a transaction is done, at once or after a while
-          write(completion.client, completion.bytes);
+        case "replied": // a transaction is done, at once or after a while; null says goodbye
+          if (completion.reply === null) halfClose(completion.client);
+          send(completion.client, completion.reply ?? NOTHING);
           break;
-        case "write": // the socket may have taken a part only; read again when it has taken all
-          wrote(completion.client, completion.count);
+        case "sent": // perhaps a part only: send the rest, and read again when there is none
+          send(completion.client, completion.client.unsent.subarray(completion.count));
           break;
-        case "half-close": // the server stops: there is nothing left but this client's end of stream
-          read(completion.client);
+        case "failed": // reset, broken pipe, a failed reply: it ends this client alone
+          disconnect(completion.client, describe(completion.error));
           break;
-        case "client error": // reset, broken pipe, a failed reply: it ends this client alone
-          fail(completion.client, completion.error);
-          break;
-        case "accept error": // that client gave up, descriptors ran out, or the port was closed
+        case "accept failed": // that client gave up, descriptors ran out, or the port was closed
           acceptFailed(completion.listener, completion.error);
           break;
-        case "abort":
+        case "tick": // some time has passed: who has made no progress, and who accepts again?
+          tick();
+          break;
+        case "abort": // no more clients, no more messages: what is owed goes out, then goodbye
           stop();
           break;
       }
     }
-    meetDeadlines();
   }
+  clearTimeout(timer);
   signal?.removeEventListener("abort", onAbort);
   return totals;
 
-  function accept(listener: Listener): void {
-    if (!listening.has(listener)) return;
-    selector.watch(
-      Promise.try(() => listener.accept()),
-      (conn) => ({ type: "accept", listener, conn }),
-      (error) => ({ type: "accept error", listener, error }),
+  function startAccept(listener: Deno.Listener): void {
+    listener.accept().then(
+      (conn) => push({ type: "accepted", listener, conn }),
+      (error) => push({ type: "accept failed", listener, error }),
     );
   }
 
-  function welcome(conn: Connection): Session {
-    const client = new Session(++totals.clients, conn, selector);
+  function welcome(conn: Connection): void {
+    const name = `client ${++totals.clients} (${formatAddress(conn.remoteAddr)})`;
+    const client = new Client(name, conn, push);
     clients.add(client);
-    log("info", `${client.name} connected`);
+    log("info", `${name} connected`);
     try {
       conn.setNoDelay?.(); // or a reply may wait for the acknowledgement of the one before (RFC 896)
     } catch {
       // A client that has reset already: its read says so.
     }
-    return client;
+    readOn(client);
   }
 
-  function read(client: Session): void {
-    if (closing && !client.halfClosed) return halfClose(client);
-    setPending(client, "read");
-    if (client.buffer.length !== client.nextSize) client.buffer = new Uint8Array(client.nextSize);
-    // In the next round: nobody is read from again before everybody who is ready has been.
-    client.read.startNextRound();
+  /** Reads from it when everybody who is ready has been read from; all that it is owed is out. */
+  function readOn(client: Client): void {
+    client.state = "reading";
+    selector.nextRound(client.startRead);
+    if (graceLeft !== undefined && !client.halfClosed) halfClose(client);
   }
 
-  /**
-   * Ends our side after the last reply. The client's is read to its end, unanswered: to close with
-   * bytes unread resets the connection and loses the reply on its way (RFC 1122, 4.2.2.13).
-   */
-  function halfClose(client: Session): void {
-    if (client.conn.closeWrite === undefined) return leave(client, "the server stops");
-    client.halfClosed = true;
-    setPending(client, "write");
-    selector.watch(
-      Promise.try(() => client.conn.closeWrite?.()),
-      () => ({ type: "half-close", client }),
-      client.onError,
-    );
-  }
-
-  function answer(client: Session, count: number): void {
-    if (client.halfClosed) return read(client);
-    const { buffer } = client;
-    if (count === buffer.length) client.nextSize = LARGEST_BUFFER;
-    else if (count < SMALLEST_BUFFER) client.nextSize = SMALLEST_BUFFER;
+  function answer(client: Client, count: number): void {
+    client.ticks = 0;
+    if (client.halfClosed) return readOn(client);
+    if (count === client.buffer.length) client.nextSize = LARGE_BUFFER;
+    else if (count < SMALL_BUFFER) client.nextSize = SMALL_BUFFER;
     totals.messages++;
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
-    setPending(client, "reply");
+    client.state = "replying";
     try {
-      const bytes = reply(buffer.subarray(0, count), client);
-      if (bytes instanceof Uint8Array) return write(client, bytes);
-      selector.watch(
-        Promise.resolve(bytes),
-        (bytes) => ({ type: "reply", client, bytes }),
-        client.onError,
-      );
+      client.reply ??= protocol(client.conn.remoteAddr);
+      const reply = client.reply(client.buffer.subarray(0, count));
+      if (reply instanceof Promise) reply.then(client.onReplied, client.onFailed);
+      else client.onReplied(reply);
     } catch (error) {
-      fail(client, error);
+      client.onFailed(error);
     }
   }
 
-  function write(client: Session, bytes: Uint8Array): void {
-    if (!(bytes instanceof Uint8Array)) { // JavaScript's callers may return anything
-      return fail(client, new TypeError(`the reply is ${describe(bytes)}, expected a Uint8Array`));
-    }
-    client.unsent = bytes;
-    if (bytes.length === 0) return read(client);
-    setPending(client, "write");
-    client.write.start();
+  function send(client: Client, bytes: Uint8Array): void {
+    client.ticks = 0;
+    client.unsent = bytes.length > 0 ? bytes : NOTHING; // an empty part would hold the whole
+    if (bytes.length === 0) return readOn(client);
+    client.state = "writing";
+    client.startWrite();
   }
 
-  function wrote(client: Session, count: number): void {
-    if (count < client.unsent.length) write(client, client.unsent.subarray(count));
-    else read(client);
+  /**
+   * Says goodbye: ends our side, and leaves theirs to be read to its end, unanswered. To close with
+   * bytes unread would reset the connection, and lose a reply on its way (RFC 1122, 4.2.2.13).
+   */
+  function halfClose(client: Client): void {
+    client.halfClosed = true;
+    client.ticks = 0;
+    client.conn.closeWrite().catch(client.onFailed);
+    startTicking();
   }
 
-  function fail(client: Session, error: unknown): void {
-    if (client.pending === "reply") leave(client, `reply failed: ${describe(error)}`, "error");
-    else leave(client, describe(error));
-  }
-
-  function leave(client: Session, why: string, level: keyof Logger = "info"): void {
+  function disconnect(client: Client, why: string): void {
+    const level = client.state === "replying" ? "error" : "info"; // a failed reply is our trouble
+    log(level, `${client.name} disconnected while ${client.state}: ${why}`);
     clients.delete(client);
-    client.open = false;
-    try {
-      client.conn.close();
-    } catch {
-      // Somebody else has closed it: it is as we want it.
-    }
-    log(level, `${client.name} disconnected: ${why}`);
-    acceptAgain(); // there is a descriptor to spare now
+    client.state = "closed";
+    client.conn[Symbol.dispose](); // a close that does not throw when somebody else has closed it
   }
 
-  function acceptFailed(listener: Listener, error: unknown): void {
-    if (!listening.has(listener)) return; // we closed it
-    if (LOST_BEFORE_ACCEPT.some((lost) => error instanceof lost)) return accept(listener);
-    if (error instanceof Deno.errors.BadResource) {
+  function acceptFailed(listener: Deno.Listener, error: unknown): void {
+    const gaveUp = error instanceof NotConnected || error instanceof ConnectionAborted;
+    if (gaveUp) return startAccept(listener);
+    if (error instanceof BadResource) { // closed by a stop or by somebody else
       listening.delete(listener);
-      return log("error", `${formatAddress(listener.addr)} is closed: ${describe(error)}`);
+      return log("info", `${formatAddress(listener.addr)} is closed`);
     }
-    // Out of descriptors or memory. One line tells of it however often it happens before it is over.
-    if (deadlines.acceptRetry === Infinity) log("error", `accepting pauses: ${describe(error)}`);
-    deadlines.acceptRetry = performance.now() + ACCEPT_RETRY;
-    paused.add(listener);
+    if (paused === undefined) log("error", `accepting pauses: ${describe(error)}`);
+    paused = (paused ?? new Set()).add(listener);
+    startTicking();
   }
 
-  function acceptAgain(): void {
-    for (const listener of paused) {
-      paused.delete(listener);
-      accept(listener);
-    }
+  /** From now on there is something to time. */
+  function startTicking(): void {
+    timer ??= selector.after(TICK, () => push({ type: "tick" }));
   }
 
-  /** Notes which operation is pending, since now; the client comes after those with older ones. */
-  function setPending(client: Session, pending: Session["pending"]): void {
-    client.pending = pending;
-    if (idleTimeout === Infinity) return;
-    client.since = performance.now();
-    clients.delete(client);
-    clients.add(client);
+  /** Charges everybody one tick for each, so that a loop that is late charges nobody for more. */
+  function tick(): void {
+    for (const client of clients) {
+      const idle = TICK * client.ticks++; // the first tick may come at once: it does not count
+      if (idle >= idleTimeout || (client.halfClosed && idle >= LINGER)) {
+        disconnect(client, `no progress for ${idle / 1000} s`);
+      }
+    }
+    if (graceLeft !== undefined && (graceLeft -= TICK) < 0) {
+      for (const client of clients) disconnect(client, "the grace time is over");
+    }
+    if (paused?.size === 0) { // since the last tick nobody has failed
+      log("error", "accepting again");
+      paused = undefined;
+    }
+    paused?.forEach(startAccept);
+    paused?.clear();
+    timer = undefined;
+    startTicking();
   }
 
   function stop(): void {
     log("info", `stopping: ${clients.size} clients are connected`);
-    for (const listener of listening) {
-      try {
-        listener.close();
-      } catch {
-        // Somebody else has closed it: it is as we want it.
-      }
-    }
-    listening.clear();
-    paused.clear();
-    const now = performance.now();
-    deadlines.acceptRetry = Infinity;
-    deadlines.lastReads = now + Math.min(LAST_READS, grace);
-    deadlines.grace = now + grace;
-  }
-
-  /** When there is something to do though nothing completes. */
-  function nextDeadline(): number {
-    const { acceptRetry, lastReads, grace } = deadlines;
-    const next = Math.min(acceptRetry, lastReads, grace);
-    if (idleTimeout === Infinity) return next;
-    const [oldest] = clients;
-    return oldest === undefined ? next : Math.min(next, oldest.since + idleTimeout);
-  }
-
-  /** How long select may wait, in milliseconds. */
-  function timeLeft(): number {
-    const next = nextDeadline();
-    const now = next === Infinity ? 0 : performance.now();
-    overdueSince = now < next ? Infinity : Math.min(overdueSince, now);
-    found = false;
-    return next - now;
-  }
-
-  function meetDeadlines(): void {
-    if (overdueSince === Infinity) return;
-    const now = performance.now();
-    // The loop may be late, and what came before a deadline counts: first a poll must find nothing.
-    const mayHaveSent = (deadline: number) =>
-      found && now < Math.max(overdueSince, deadline) + LONGEST_POLLING;
+    graceLeft = grace;
+    for (const listener of listening) listener[Symbol.dispose](); // and so its accept fails
     for (const client of clients) {
-      if (now < client.since + idleTimeout) break; // and so it is for all who come after
-      if (mayHaveSent(client.since + idleTimeout)) break;
-      leave(client, `${IDLE[client.pending]} for ${idleTimeout / 1000} s`);
+      if (client.state === "reading" && !client.halfClosed) halfClose(client); // is owed nothing
     }
-    if (now >= deadlines.acceptRetry) {
-      if (paused.size === 0) log("error", "accepting again");
-      deadlines.acceptRetry = paused.size === 0 ? Infinity : now + ACCEPT_RETRY;
-      acceptAgain();
-    }
-    if (now >= deadlines.lastReads) {
-      closing = true; // who is answered from now on is half-closed, and who is silent is closed
-      if (!mayHaveSent(deadlines.lastReads)) {
-        deadlines.lastReads = Infinity;
-        for (const client of clients) {
-          if (client.pending === "read" && !client.halfClosed) leave(client, "the server stops");
-        }
-      }
-    }
-    if (now >= deadlines.grace) {
-      for (const client of clients) leave(client, `the server stops, ${client.pending} pending`);
-    }
+    startTicking();
   }
 
   function log(level: keyof Logger, line: string): void {
     try {
-      const logged: unknown = logger[level]?.(line);
-      if (logged instanceof Promise) logged.catch(() => {}); // as below
+      logger[level]?.(line.replace(/\p{Cc}+/gu, " ")); // what an error quotes must not forge a line
     } catch {
       // A log that cannot be written must not cost any client its connection.
     }
@@ -697,45 +297,117 @@ export async function serve(
 }
 
 function formatAddress(addr: Deno.Addr): string {
-  if (!("hostname" in addr)) return Deno.inspect(addr, { breakLength: Infinity });
+  if (!("hostname" in addr)) return Deno.inspect(addr);
   return `${addr.hostname.includes(":") ? `[${addr.hostname}]` : addr.hostname}:${addr.port}`;
 }
 
-/** One line that tells what went wrong, whatever was thrown, and whatever it quotes. */
 function describe(error: unknown): string {
-  try {
-    const text = error instanceof Error ? `${error.name}: ${error.message}` : Deno.inspect(error);
-    return text.replace(/\p{Cc}+/gu, " ");
-  } catch {
-    return "an error that cannot be shown"; // its message, or what shows it, throws
+  return error instanceof Error ? `${error.name}: ${error.message}` : Deno.inspect(error);
+}
+
+// ---- The selector
+
+// What follows is of today's runtime: wrong numbers cost speed or fairness, not correctness. tokio lets
+// a task complete 128 I/O operations a turn (`tokio::task::coop`), and puts off the rest until it has
+// looked for what is ready, which it does at least every 61 turns (`event_interval`).
+const BATCH = 60; // start so many in a turn: each leads to one more, a reply
+const CROWD = 120; // so many at once, and others may have been put off
+const CATCH_UP = 64; // turns that bring them in
+
+const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));
+
+/**
+ * select() for promises. Where select(2) tells that a socket is *ready* for an operation, this tells
+ * that an operation is *complete*: whoever starts one lets its `then` push what has completed, a `T` of
+ * your choice. So each promise is subscribed to once; `Promise.race` subscribes to all of them again
+ * each time. Nobody starves, as it goes in rounds (see {@linkcode Selector.nextRound}).
+ *
+ * @example
+ * ```ts
+ * import { Selector } from "./select_server.ts";
+ *
+ * const selector = new Selector<string>();
+ * selector.nextRound(() => selector.push("started"));
+ * Promise.resolve(1).then((value) => selector.push(`got ${value}`));
+ * console.log(await selector.select()); // [ "got 1" ], and then [ "started" ]
+ * ```
+ */
+export class Selector<T> {
+  #completed: T[] = [];
+  #round: (() => void)[] = []; // what is still to start in this round
+  #nextRound: (() => void)[] = [];
+  #turnsLeft = 0; // before the next round
+  #wake?: () => void;
+
+  /** Adds a completion. */
+  push(completion: T): void {
+    this.#completed.push(completion);
+    this.#wake?.();
+  }
+
+  /**
+   * Starts an operation when everything that is ready has been handed out. If all reads start so, nobody
+   * is read from a second time before everybody who is ready has been read from once.
+   */
+  nextRound(start: () => void): void {
+    this.#nextRound.push(start);
+    this.#wake?.();
+  }
+
+  /**
+   * The same after some milliseconds: a loop that is late hears everybody who is ready by then before it
+   * hears that time has passed. Returns what `clearTimeout` takes.
+   */
+  after(ms: number, start: () => void): ReturnType<typeof setTimeout> {
+    return setTimeout(() => {
+      this.#turnsLeft = CATCH_UP;
+      this.nextRound(start);
+    }, ms);
+  }
+
+  /**
+   * Waits until something has completed, and resolves to all that has since the last call, in order.
+   * With a timeout in milliseconds it waits so long at most, and an empty list says that time is up;
+   * 0 polls. It is for one caller at a time.
+   */
+  async select(timeout?: number): Promise<T[]> {
+    let timeIsUp = false;
+    const timer = timeout === undefined ? timeout : this.after(timeout, () => timeIsUp = true);
+    while (this.#completed.length === 0 && !timeIsUp) {
+      if (this.#round.length > 0) {
+        for (const start of this.#round.splice(0, BATCH)) start();
+        await turn();
+      } else if (this.#turnsLeft > 0) {
+        this.#turnsLeft--;
+        await turn();
+      } else if (this.#nextRound.length > 0) {
+        this.#round = this.#nextRound.splice(0);
+      } else {
+        await new Promise<void>((resolve) => this.#wake = resolve);
+        this.#wake = undefined;
+      }
+    }
+    clearTimeout(timer);
+    if (this.#completed.length >= CROWD) this.#turnsLeft = CATCH_UP;
+    return this.#completed.splice(0);
   }
 }
 
-/** Where to {@linkcode listen}. */
-export interface ListenOptions {
-  /** The address or name to listen on. By default 127.0.0.1, which only this machine reaches. */
-  host?: string;
-  /** The first port. By default 50007, the book's; 0 lets the system choose each port. */
-  port?: number;
-  /** How many consecutive ports. By default 2. */
-  ports?: number;
-}
+// ---- Ports and replies
+
+/** Where to {@linkcode listen}: an address or name, the first port, and how many. */
+export type ListenOptions = { host?: string; port?: number; ports?: number };
 
 /**
- * Opens the ports: all of them or, when one cannot be opened, none.
+ * Opens consecutive ports: all of them or, when one cannot be opened, none. By default the book's, 50007
+ * and 50008, which only this machine reaches. From port 0 the system chooses each of them.
  *
- * @param options The host, the first port, and how many.
- * @returns A listener for each port, to {@linkcode serve} or to close.
  * @throws {Error} If a port cannot be opened; the message names it, the cause says why.
  *
- * @example Two ports that the system chooses
+ * @example
  * ```ts
  * import { listen } from "./select_server.ts";
- *
- * const [first, second] = listen({ port: 0 });
- * console.log(first.addr, second.addr);
- * first.close();
- * second.close();
+ * for (using listener of listen({ port: 0 })) console.log(listener.addr.port);
  * ```
  */
 export function listen(options: ListenOptions = {}): Deno.TcpListener[] {
@@ -744,30 +416,23 @@ export function listen(options: ListenOptions = {}): Deno.TcpListener[] {
   const listeners = Array.from({ length: ports }, (_, i) => {
     const port = first === 0 ? 0 : first + i;
     try {
-      // The default of 511 clients waiting to be accepted makes a crowd retry for seconds.
+      // The default backlog, 511 clients, makes a crowd that connects at once retry for seconds.
       return opened.use(Deno.listen({ hostname, port, tcpBacklog: 4096 }));
     } catch (cause) {
       const address = formatAddress({ transport: "tcp", hostname, port });
-      const why = cause instanceof Error ? cause.message : cause;
-      throw new Error(`cannot listen on ${address}: ${why}`, { cause });
+      throw new Error(`cannot listen on ${address}: ${describe(cause)}`, { cause });
     }
   });
   opened.move(); // all are open: keep them so
   return listeners;
 }
 
-// ---- The replies
-
 /**
  * Replies with exactly the bytes that came (RFC 862).
- *
- * @param bytes What came.
- * @returns The same.
  *
  * @example
  * ```ts
  * import { echo } from "./select_server.ts";
- *
  * console.log(echo(new Uint8Array([1, 2]))); // Uint8Array(2) [ 1, 2 ]
  * ```
  */
@@ -776,41 +441,18 @@ export function echo(bytes: Uint8Array): Uint8Array {
 }
 
 /**
- * Replies as the book's server does: `Echo=>TEXT at TIME`.
- *
- * @param bytes What came.
- * @returns The same between `Echo=>` and the time.
+ * Replies as the book's server does: `Echo=>TEXT at TIME`. The bytes need not be text.
  *
  * @example
  * ```ts
  * import { stamp } from "./select_server.ts";
- *
- * const reply = stamp(new TextEncoder().encode("spam"));
- * console.log(new TextDecoder().decode(reply)); // Echo=>spam at 2026-11-23T10:00:00.000Z
+ * console.log(new TextDecoder().decode(stamp(new TextEncoder().encode("spam"))));
  * ```
  */
 export function stamp(bytes: Uint8Array): Uint8Array {
-  const before = new TextEncoder().encode("Echo=>");
-  const after = new TextEncoder().encode(` at ${new Date().toISOString()}`);
-  const reply = new Uint8Array(before.length + bytes.length + after.length);
-  reply.set(before);
-  reply.set(bytes, before.length);
-  reply.set(after, before.length + bytes.length);
-  return reply;
-}
-
-/** Makes every transaction take so many milliseconds, but not longer than the server runs. */
-function delayed(reply: Reply, ms: number, signal: AbortSignal): Reply {
-  return async (bytes, client) => {
-    const { promise, resolve } = Promise.withResolvers<void>();
-    const done = () => resolve();
-    const timer = setTimeout(done, signal.aborted ? 0 : ms);
-    signal.addEventListener("abort", done);
-    await promise;
-    clearTimeout(timer);
-    signal.removeEventListener("abort", done);
-    return reply(bytes, client);
-  };
+  const encoder = new TextEncoder();
+  const time = encoder.encode(` at ${new Date().toISOString()}`);
+  return new Uint8Array([...encoder.encode("Echo=>"), ...bytes, ...time]);
 }
 
 // ---- The command line
@@ -818,7 +460,7 @@ function delayed(reply: Reply, ms: number, signal: AbortSignal): Reply {
 const HELP = `\
 Select server: echoes what its clients send, on several ports, in one loop.
 
-  deno run --allow-net select_server.ts [OPTIONS] [HOST PORT]
+  deno run --allow-net select_server.ts [OPTIONS]
 
   -H, --host HOST        address to listen on (127.0.0.1: this machine only)
   -p, --port PORT        first port (50007); 0 lets the system choose each port
@@ -832,160 +474,59 @@ Select server: echoes what its clients send, on several ports, in one loop.
 
 Ctrl-C stops it when the replies that it owes are out; a second one, at once.`;
 
-/** Bad use of the command line; the message names the value and what was expected. */
-export class UsageError extends Error {}
-
-/**
- * Refuses an argument that is not one of a command's options.
- *
- * @param arg The argument as it was typed.
- * @throws {UsageError} Always.
- *
- * @example
- * ```ts
- * import { refuse, UsageError } from "./select_server.ts";
- * import { assertThrows } from "@std/assert";
- *
- * assertThrows(() => refuse("--prot"), UsageError, "--prot: expected one of the options");
- * ```
- */
-export function refuse(arg: string): never {
-  const negative = /^-\d/.test(arg); // the value of the option before it, taken for an option
-  throw new UsageError(
-    `${arg}: expected ${negative ? "a number from 0 up" : "one of the options that --help lists"}`,
-  );
-}
-
-/**
- * Reads a number from the command line.
- *
- * @param option The option, for the message.
- * @param text Its value as it was typed: digits, and a fraction if one is allowed.
- * @param least The smallest number allowed.
- * @param most The largest.
- * @param kind Whether it must be whole.
- * @returns The number.
- * @throws {UsageError} If it is anything else.
- *
- * @example
- * ```ts
- * import { parseNumber } from "./select_server.ts";
- *
- * console.log(parseNumber("--port", "50007", 0, 65535)); // 50007
- * ```
- */
-export function parseNumber(
-  option: string,
-  text: string,
-  least: number,
-  most: number,
-  kind: "a whole number" | "a number" = "a whole number",
-): number {
-  const value = /^\d+(\.\d+)?$/.test(text) ? Number(text) : NaN;
-  const whole = kind === "a number" || /^\d+$/.test(text);
-  if (whole && value >= least && value <= most) return value;
-  throw new UsageError(
-    `${option} ${text || "without a value"}: expected ${kind} from ${least} to ${most}`,
-  );
-}
-
-/**
- * Runs a command to its exit code. An error is one line on standard error, without a stack trace.
- *
- * @param name The command's name, for the message.
- * @param main The command, which takes the arguments and resolves to its exit code.
- * @returns The exit code: `main`'s, 2 for bad use, 1 for any other error.
- *
- * @example
- * ```ts
- * import { run } from "./select_server.ts";
- *
- * console.log(await run("nothing", () => Promise.resolve(0))); // 0
- * ```
- */
-export async function run(
-  name: string,
-  main: (args: string[]) => Promise<number>,
-): Promise<number> {
-  try {
-    return await main(Deno.args);
-  } catch (error) {
-    console.error(`${name}: ${error instanceof Error ? error.message : Deno.inspect(error)}`);
-    if (!(error instanceof UsageError)) return 1;
-    console.error("--help lists the options.");
-    return 2;
-  }
-}
-
-function parseCommandLine(args: string[]) {
-  const positional: string[] = [];
-  const parsed = parseArgs(args, {
+function parseCommandLine() {
+  const refuse = (arg: unknown) => {
+    throw new RangeError(`${arg}: expected one of the options that --help shows`);
+  };
+  const args = parseArgs(Deno.args, {
     string: ["host", "port", "ports", "delay", "idle-timeout"],
     boolean: ["stamp", "verbose", "quiet", "help"],
     alias: { host: "H", port: "p", verbose: "v", quiet: "q", help: "h" },
-    unknown: (arg, key) => {
-      // Numbers among the positional arguments are converted, so their text is taken here.
-      if (key === undefined) return positional.push(arg) < 0;
-      refuse(arg);
-    },
+    unknown: refuse,
   });
-  positional.push(...parsed._.map(String)); // what came after --
-  const { stamp, verbose, quiet, help } = parsed;
-  if (verbose && quiet) throw new UsageError("--quiet --verbose: expected one of them");
-  if (positional.length !== 0 && positional.length !== 2) {
-    throw new UsageError(`${positional.join(" ")}: expected HOST PORT, or neither`);
-  }
-  if (positional.length > 0 && (parsed.host ?? parsed.port) !== undefined) {
-    throw new UsageError(`${positional.join(" ")}: expected either HOST PORT or --host and --port`);
-  }
-  const [host = parsed.host ?? "127.0.0.1", port = parsed.port ?? "50007"] = positional;
-  if (host === "") throw new UsageError("--host without a value: expected an address or a name");
-  const first = parseNumber("--port", port, 0, 65535);
-  const ports = parseNumber("--ports", parsed.ports ?? "2", 1, 65535);
-  if (first + ports - 1 > 65535) {
-    throw new UsageError(
-      `--port ${first} --ports ${ports}: expected the last port to be 65535 at most`,
-    );
-  }
-  const delay = parseNumber("--delay", parsed.delay ?? "0", 0, 2 ** 31 - 1);
-  const idle = parsed["idle-timeout"];
-  return {
-    help,
-    stamp,
-    verbose,
-    quiet,
-    delay,
-    listen: { host, port: first, ports },
-    idleTimeout: idle === undefined
-      ? Infinity
-      : 1000 * parseNumber("--idle-timeout", idle, 0.001, 1e6, "a number"),
+  args._.forEach(refuse); // what comes after --
+  if (args.host === "") throw new RangeError("--host: expected an address or a name");
+  const number = (
+    name: "port" | "ports" | "delay" | "idle-timeout",
+    least: number,
+    most: number,
+  ) => {
+    const text = args[name];
+    if (text === undefined) return undefined;
+    if (/^\d+$/.test(text) && Number(text) >= least && Number(text) <= most) return Number(text);
+    throw new RangeError(`--${name} ${text}: expected a whole number from ${least} to ${most}`);
   };
+  const port = number("port", 0, 65535) ?? 50007;
+  const where = { host: args.host, port, ports: number("ports", 1, 65536 - port) };
+  const idleTimeout = 1000 * (number("idle-timeout", 1, 1e6) ?? Infinity);
+  return { ...args, where, idleTimeout, ms: number("delay", 0, 2 ** 31 - 1) };
 }
 
-async function main(args: string[]): Promise<number> {
-  const command = parseCommandLine(args);
-  if (command.help) {
-    console.log(HELP);
-    return 0;
+async function main(): Promise<void> {
+  const { where, ms, idleTimeout, help, quiet, verbose, stamp: stamped } = parseCommandLine();
+  if (help) return console.log(HELP);
+  const listeners = listen(where);
+  const stop = new AbortController();
+  const { signal } = stop;
+  for (const name of ["SIGINT", Deno.build.os === "windows" ? "SIGBREAK" : "SIGTERM"] as const) {
+    Deno.addSignalListener(name, () => signal.aborted ? Deno.exit(1) : stop.abort());
   }
   const { error, info } = console;
-  const stop = new AbortController();
-  const onSignal = () => stop.signal.aborted ? Deno.exit(1) : stop.abort();
-  const signals: Deno.Signal[] = ["SIGINT", Deno.build.os === "windows" ? "SIGBREAK" : "SIGTERM"];
-  const listeners = listen(command.listen);
-  for (const signal of signals) Deno.addSignalListener(signal, onSignal);
-  const reply = command.stamp ? stamp : echo;
-  const { clients, messages, bytes } = await serve(listeners, {
-    reply: command.delay > 0 ? delayed(reply, command.delay, stop.signal) : reply,
-    idleTimeout: command.idleTimeout,
-    signal: stop.signal,
-    logger: command.verbose ? console : command.quiet ? { error } : { error, info },
-  });
-  for (const signal of signals) Deno.removeSignalListener(signal, onSignal);
-  if (!command.quiet) {
-    console.log(`served ${clients} clients, ${messages} messages, ${bytes} bytes`);
-  }
-  return 0;
+  const logger = quiet ? { error } : verbose ? console : { error, info };
+  const reply = stamped ? stamp : echo;
+  const delayed = async (bytes: Uint8Array) => {
+    await delay(ms, undefined, { signal }).catch(() => {}); // a stop ends it early
+    return reply(bytes);
+  };
+  const protocol = () => ms ? delayed : reply;
+  const totals = await serve(listeners, { protocol, idleTimeout, signal, logger });
+  if (quiet) return;
+  info(`served ${totals.clients} clients, ${totals.messages} messages, ${totals.bytes} bytes`);
 }
 
-if (import.meta.main) Deno.exitCode = await run("select_server", main);
+if (import.meta.main) {
+  await main().catch((error) => {
+    console.error(`select_server: ${error instanceof Error ? error.message : error}`);
+    Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
+  });
+}

@@ -12,7 +12,6 @@ import { parseArgs } from "jsr:@std/cli@^1/parse-args"; // in full: so this file
 import { Selector } from "./select_server.ts";
 
 // ---- What can complete, and what a client is
-
 type Completion =
   | { type: "connected"; client: Client; conn: Deno.TcpConn }
   | { type: "sent"; client: Client; count: number }
@@ -48,7 +47,6 @@ class Client {
 }
 
 // ---- The run
-
 /** Runs the clients to their end, or until the signal aborts, and reports what they have done. */
 async function run(options: ReturnType<typeof parseCommandLine>, signal: AbortSignal) {
   const selector = new Selector<Completion>();
@@ -83,7 +81,7 @@ async function run(options: ReturnType<typeof parseCommandLine>, signal: AbortSi
           end(completion.client, reasonOf(completion.error));
           break;
         case "tick": // some time has passed: who has waited for too long?
-          clients.forEach(charge);
+          for (const client of clients) charge(client);
           timer = nextTick();
           break;
         case "abort":
@@ -109,9 +107,7 @@ async function run(options: ReturnType<typeof parseCommandLine>, signal: AbortSi
     client.buffer = new Uint8Array(BUFFER_SIZE);
     try {
       conn.setNoDelay();
-    } catch {
-      // The server has reset already: the read says so.
-    }
+    } catch { /* the server has reset already: the read says so */ }
     startMessage(client);
     selector.nextRound(client.startRead);
   }
@@ -219,19 +215,14 @@ function reasonOf(error: unknown): string {
  * reply that went to the wrong client is noticed.
  */
 function randomMessages(messages: number, size: number) {
-  const QUOTA = 65536; // of random bytes that one call may ask for (Web Cryptography API)
-  const random = new Uint8Array(size + QUOTA);
-  for (let i = 0; i < random.length; i += QUOTA) {
-    crypto.getRandomValues(random.subarray(i, i + QUOTA));
-  }
+  const random = new Uint8Array(size + 65536).map(() => Math.random() * 256);
   return (client: number, index: number) => {
-    const offset = (client * 7919 + index * 104729) % QUOTA; // primes: the offsets repeat late
+    const offset = (client * 7919 + index * 104729) % 65536; // primes: the offsets repeat late
     return index < messages ? random.subarray(offset, offset + size) : undefined;
   };
 }
 
 // ---- The report and the command line
-
 /** How many echoes took how long, from the shortest to the longest, on a logarithmic scale. */
 function bars(sorted: Float64Array): string {
   const [least = 0, most = 0] = [sorted.at(0), sorted.at(-1)];
@@ -240,8 +231,8 @@ function bars(sorted: Float64Array): string {
     const share = Math.log(time / least) / Math.log(most / least); // NaN if all took the same time
     counts[Math.floor(share * (counts.length - 1)) || 0]++;
   }
-  const heights = counts.map((count) => Math.ceil(7 * count / Math.max(1, ...counts)));
-  const line = heights.map((height) => "▁▂▃▄▅▆▇█"[height]).join("");
+  const highest = Math.max(1, ...counts);
+  const line = counts.map((count) => "▁▂▃▄▅▆▇█"[Math.ceil(7 * count / highest)]).join("");
   return `${least.toFixed(2)} ms ${line} ${most.toFixed(2)} ms`;
 }
 
@@ -296,21 +287,19 @@ function parseCommandLine() {
   const { host = "127.0.0.1", json, quiet, help, verify } = args;
   if (host === "") throw new RangeError("--host: expected an address or a name");
   if (words.includes("")) throw new RangeError('"": expected a MESSAGE of at least one byte');
-  const number = (
-    name: "port" | "ports" | "clients" | "messages" | "size",
-    value: number,
-    most: number,
-  ) => {
-    const text = args[name] ?? `${value}`;
-    if (/^\d+$/.test(text) && Number(text) >= 1 && Number(text) <= most) return Number(text);
-    throw new RangeError(`--${name} ${text}: expected a whole number from 1 to ${most}`);
+  const number = (option: string, text: string | undefined, value: number, most: number) => {
+    if (text === undefined) return value;
+    if (/^[1-9]\d*$/.test(text) && Number(text) <= most) return Number(text);
+    throw new RangeError(`${option} ${text}: expected a whole number from 1 to ${most}`);
   };
-  const first = number("port", 50007, 65535);
-  const ports = Array.from({ length: number("ports", 2, 65536 - first) }, (_, i) => first + i);
-  const clients = number("clients", words.length > 0 ? 1 : 100, 1e6);
+  const first = number("--port", args.port, 50007, 65535);
+  const length = number("--ports", args.ports, 2, 65536 - first);
+  const ports = Array.from({ length }, (_, i) => first + i);
+  const clients = number("--clients", args.clients, words.length > 0 ? 1 : 100, 1e6);
+  const messages = number("--messages", args.messages, 10, 1e9);
+  const random = randomMessages(messages, number("--size", args.size, 64, 2 ** 30));
   const timeout = Number(args.timeout ?? 10);
   if (!(timeout > 0)) throw new RangeError(`--timeout ${args.timeout}: expected seconds above 0`);
-  const random = randomMessages(number("messages", 10, 1e9), number("size", 64, 2 ** 30));
   const lines = words.map((word) => new TextEncoder().encode(word));
   const message = words.length > 0 ? (_: number, index: number) => lines.at(index) : random;
   return { host, ports, clients, message, timeout, words, verify, json, quiet, help };

@@ -4,8 +4,6 @@
  * The loop asks select which accepts, reads, replies and writes have completed, and starts the next
  * ones; it never waits for one of them alone, so nobody keeps anybody else waiting.
  *
- *     deno run --allow-net select_server.ts
- *
  * @module
  */
 import { parseArgs } from "jsr:@std/cli@^1/parse-args"; // in full: so this file runs where it is copied
@@ -13,7 +11,6 @@ import { setImmediate } from "node:timers";
 import { setTimeout as delay } from "node:timers/promises";
 
 // ---- What can complete, and what a client is
-
 type Completion =
   | { type: "accepted"; listener: Deno.Listener; conn: Connection }
   | { type: "accept failed"; listener: Deno.Listener; error: unknown }
@@ -21,11 +18,10 @@ type Completion =
   | { type: "replied"; client: Client; reply: Uint8Array | null }
   | { type: "sent"; client: Client; count: number }
   | { type: "failed"; client: Client; error: unknown }
-  | { type: "tick" }
-  | { type: "abort" };
-
-type Connection = Deno.Conn & Partial<Pick<Deno.TcpConn, "setNoDelay">>;
+  | { type: "tick" | "abort" };
 type Push = (completion: Completion) => void;
+type Level = "error" | "info" | "debug";
+type Connection = Deno.Conn & Partial<Pick<Deno.TcpConn, "setNoDelay">>;
 
 const SMALL_BUFFER = 4 * 1024; // a pending read holds its buffer: a small one while it is quiet,
 const LARGE_BUFFER = 32 * 1024; // and a large one after a read that has filled it
@@ -56,13 +52,12 @@ class Client {
 }
 
 /**
- * Makes the reply to what one read has brought, at once or in a promise. An empty one sends nothing,
- * null ends the client. `bytes` is overwritten when the reply is out: copy what you keep for longer.
+ * Replies to what one read has brought, at once or in a promise: with nothing if it is empty, with a
+ * goodbye if it is null. `bytes` is overwritten when the reply is out: copy what you keep for longer.
  */
 export type Reply = (bytes: Uint8Array) => Uint8Array | null | Promise<Uint8Array | null>;
-
-/** Takes the lines of the log; a level that it lacks is not logged. `console` is one. */
-export type Logger = Partial<Record<"error" | "info" | "debug", (line: string) => void>>;
+/** What {@linkcode serve} has done; a message is what one read has brought. */
+export type Totals = { clients: number; messages: number; bytes: number };
 
 /** How to {@linkcode serve}; times are in milliseconds. */
 export interface ServeOptions {
@@ -74,27 +69,21 @@ export interface ServeOptions {
   signal?: AbortSignal;
   /** How long a stop waits for the replies that are owed. By default 5,000. */
   grace?: number;
-  /** By default errors go to the console. */
-  logger?: Logger;
+  /** Takes the log; levels that it lacks are left out. By default errors go to the console. */
+  logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
 }
-
-/** What {@linkcode serve} has done; a message is what one read has brought. */
-export type Totals = { clients: number; messages: number; bytes: number };
 
 const TICK = 100; // ms: time is counted in ticks
 const LINGER = 500; // ms: a client that stays silent for so long after our goodbye is closed
 const { NotConnected, ConnectionAborted, BadResource } = Deno.errors;
 
 // ---- The server
-
 /**
- * Serves every client of every listener in one loop, until the signal aborts, or all listeners have
- * been closed and all clients have left. An abort closes the listeners, sends the replies that are
- * owed, and ends. Trouble with one client closes that client and nothing else.
+ * Serves every client of every listener in one loop, until the signal aborts or all listeners have been
+ * closed, and all clients have left. Trouble with one client closes that client and nothing else.
  *
  * @throws {RangeError} If `idleTimeout` or `grace` is not a number of milliseconds from 0 up.
- *
- * @example Echo for a tenth of a second
+ * @example
  * ```ts
  * import { listen, serve } from "./select_server.ts";
  * console.log(await serve(listen({ port: 0 }), { signal: AbortSignal.timeout(100) }));
@@ -105,7 +94,7 @@ export async function serve(
   options: ServeOptions = {},
 ): Promise<Totals> {
   const { protocol = () => echo, idleTimeout = Infinity, grace = 5000, signal } = options;
-  const logger: Logger = options.logger ?? { error: console.error };
+  const { logger = { error: console.error } }: ServeOptions = options;
   for (const [name, value] of Object.entries({ idleTimeout, grace })) {
     if (!(value >= 0)) throw new RangeError(`${name} is ${value}, expected milliseconds from 0 up`);
   }
@@ -117,11 +106,9 @@ export async function serve(
   let paused: Set<Deno.Listener> | undefined; // out of descriptors: who accepts again at the next tick
   let graceLeft: number | undefined; // once the signal has aborted
   let timer: ReturnType<typeof setTimeout> | undefined;
-
   const onAbort = () => push({ type: "abort" });
   signal?.addEventListener("abort", onAbort);
   if (signal?.aborted) onAbort();
-  if (idleTimeout < Infinity) startTicking();
   for (const listener of listening) {
     log("info", `listening on ${formatAddress(listener.addr)}`);
     startAccept(listener);
@@ -129,8 +116,7 @@ export async function serve(
 
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
-      // A client may have been closed while its completion was on its way.
-      if ("client" in completion && completion.client.state === "closed") continue;
+      if ("client" in completion && completion.client.state === "closed") continue; // meanwhile
       switch (completion.type) {
         case "accepted": // a client has connected: wait for the next one, and for what it says
           startAccept(completion.listener);
@@ -164,6 +150,7 @@ export async function serve(
   }
   clearTimeout(timer);
   signal?.removeEventListener("abort", onAbort);
+  log("info", `served ${Object.entries(totals).map(([what, n]) => `${n} ${what}`).join(", ")}`);
   return totals;
 
   function startAccept(listener: Deno.Listener): void {
@@ -178,11 +165,10 @@ export async function serve(
     const client = new Client(name, conn, push);
     clients.add(client);
     log("info", `${name} connected`);
+    startTicking();
     try {
       conn.setNoDelay?.(); // or a reply may wait for the acknowledgement of the one before (RFC 896)
-    } catch {
-      // A client that has reset already: its read says so.
-    }
+    } catch { /* a client that has reset already: its read says so */ }
     readOn(client);
   }
 
@@ -228,7 +214,6 @@ export async function serve(
     client.halfClosed = true;
     client.ticks = 0;
     client.conn.closeWrite().catch(client.onFailed);
-    startTicking();
   }
 
   function disconnect(client: Client, why: string): void {
@@ -251,7 +236,6 @@ export async function serve(
     startTicking();
   }
 
-  /** From now on there is something to time. */
   function startTicking(): void {
     timer ??= selector.after(TICK, () => push({ type: "tick" }));
   }
@@ -274,7 +258,7 @@ export async function serve(
     paused?.forEach(startAccept);
     paused?.clear();
     timer = undefined;
-    startTicking();
+    if (clients.size > 0 || paused !== undefined) startTicking(); // or there is nothing to time
   }
 
   function stop(): void {
@@ -284,15 +268,12 @@ export async function serve(
     for (const client of clients) {
       if (client.state === "reading" && !client.halfClosed) halfClose(client); // is owed nothing
     }
-    startTicking();
   }
 
-  function log(level: keyof Logger, line: string): void {
+  function log(level: Level, line: string): void {
     try {
       logger[level]?.(line.replace(/\p{Cc}+/gu, " ")); // what an error quotes must not forge a line
-    } catch {
-      // A log that cannot be written must not cost any client its connection.
-    }
+    } catch { /* a log that cannot be written must not cost a client its connection */ }
   }
 }
 
@@ -306,7 +287,6 @@ function describe(error: unknown): string {
 }
 
 // ---- The selector
-
 // What follows is of today's runtime: wrong numbers cost speed or fairness, not correctness. tokio lets
 // a task complete 128 I/O operations a turn (`tokio::task::coop`), and puts off the rest until it has
 // looked for what is ready, which it does at least every 61 turns (`event_interval`).
@@ -318,14 +298,12 @@ const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));
 
 /**
  * select() for promises. Where select(2) tells that a socket is *ready* for an operation, this tells
- * that an operation is *complete*: whoever starts one lets its `then` push what has completed, a `T` of
- * your choice. So each promise is subscribed to once; `Promise.race` subscribes to all of them again
- * each time. Nobody starves, as it goes in rounds (see {@linkcode Selector.nextRound}).
+ * that an operation is *complete*: whoever starts one has its `then` push what has completed, a `T` of
+ * your choice. So each promise is subscribed to once; `Promise.race` subscribes to all, each time.
  *
  * @example
  * ```ts
  * import { Selector } from "./select_server.ts";
- *
  * const selector = new Selector<string>();
  * selector.nextRound(() => selector.push("started"));
  * Promise.resolve(1).then((value) => selector.push(`got ${value}`));
@@ -345,19 +323,13 @@ export class Selector<T> {
     this.#wake?.();
   }
 
-  /**
-   * Starts an operation when everything that is ready has been handed out. If all reads start so, nobody
-   * is read from a second time before everybody who is ready has been read from once.
-   */
+  /** Starts an operation when everything that is ready has been handed out, so that nobody starves. */
   nextRound(start: () => void): void {
     this.#nextRound.push(start);
     this.#wake?.();
   }
 
-  /**
-   * The same after some milliseconds: a loop that is late hears everybody who is ready by then before it
-   * hears that time has passed. Returns what `clearTimeout` takes.
-   */
+  /** The same after some milliseconds, also if the loop is late. Returns what `clearTimeout` takes. */
   after(ms: number, start: () => void): ReturnType<typeof setTimeout> {
     return setTimeout(() => {
       this.#turnsLeft = CATCH_UP;
@@ -366,9 +338,8 @@ export class Selector<T> {
   }
 
   /**
-   * Waits until something has completed, and resolves to all that has since the last call, in order.
-   * With a timeout in milliseconds it waits so long at most, and an empty list says that time is up;
-   * 0 polls. It is for one caller at a time.
+   * Resolves to all that has completed since the last call, in order, once there is something; to nothing
+   * when a timeout in milliseconds is up before (0 polls). It is for one caller at a time.
    */
   async select(timeout?: number): Promise<T[]> {
     let timeIsUp = false;
@@ -394,7 +365,6 @@ export class Selector<T> {
 }
 
 // ---- Ports and replies
-
 /** Where to {@linkcode listen}: an address or name, the first port, and how many. */
 export type ListenOptions = { host?: string; port?: number; ports?: number };
 
@@ -403,7 +373,6 @@ export type ListenOptions = { host?: string; port?: number; ports?: number };
  * and 50008, which only this machine reaches. From port 0 the system chooses each of them.
  *
  * @throws {Error} If a port cannot be opened; the message names it, the cause says why.
- *
  * @example
  * ```ts
  * import { listen } from "./select_server.ts";
@@ -429,20 +398,16 @@ export function listen(options: ListenOptions = {}): Deno.TcpListener[] {
 
 /**
  * Replies with exactly the bytes that came (RFC 862).
- *
  * @example
  * ```ts
  * import { echo } from "./select_server.ts";
  * console.log(echo(new Uint8Array([1, 2]))); // Uint8Array(2) [ 1, 2 ]
  * ```
  */
-export function echo(bytes: Uint8Array): Uint8Array {
-  return bytes;
-}
+export const echo = (bytes: Uint8Array): Uint8Array => bytes;
 
 /**
  * Replies as the book's server does: `Echo=>TEXT at TIME`. The bytes need not be text.
- *
  * @example
  * ```ts
  * import { stamp } from "./select_server.ts";
@@ -456,7 +421,6 @@ export function stamp(bytes: Uint8Array): Uint8Array {
 }
 
 // ---- The command line
-
 const HELP = `\
 Select server: echoes what its clients send, on several ports, in one loop.
 
@@ -486,24 +450,20 @@ function parseCommandLine() {
   });
   args._.forEach(refuse); // what comes after --
   if (args.host === "") throw new RangeError("--host: expected an address or a name");
-  const number = (
-    name: "port" | "ports" | "delay" | "idle-timeout",
-    least: number,
-    most: number,
-  ) => {
-    const text = args[name];
+  const number = (option: string, text: string | undefined, least: number, most: number) => {
     if (text === undefined) return undefined;
     if (/^\d+$/.test(text) && Number(text) >= least && Number(text) <= most) return Number(text);
-    throw new RangeError(`--${name} ${text}: expected a whole number from ${least} to ${most}`);
+    throw new RangeError(`${option} ${text}: expected a whole number from ${least} to ${most}`);
   };
-  const port = number("port", 0, 65535) ?? 50007;
-  const where = { host: args.host, port, ports: number("ports", 1, 65536 - port) };
-  const idleTimeout = 1000 * (number("idle-timeout", 1, 1e6) ?? Infinity);
-  return { ...args, where, idleTimeout, ms: number("delay", 0, 2 ** 31 - 1) };
+  const port = number("--port", args.port, 0, 65535) ?? 50007;
+  const ports = number("--ports", args.ports, 1, 65536 - port);
+  const seconds = number("--idle-timeout", args["idle-timeout"], 1, 1e6) ?? Infinity;
+  const ms = number("--delay", args.delay, 0, 2 ** 31 - 1);
+  return { ...args, port, ports, idleTimeout: 1000 * seconds, ms };
 }
 
 async function main(): Promise<void> {
-  const { where, ms, idleTimeout, help, quiet, verbose, stamp: stamped } = parseCommandLine();
+  const { ms, idleTimeout, help, quiet, verbose, stamp: stamped, ...where } = parseCommandLine();
   if (help) return console.log(HELP);
   const listeners = listen(where);
   const stop = new AbortController();
@@ -519,9 +479,7 @@ async function main(): Promise<void> {
     return reply(bytes);
   };
   const protocol = () => ms ? delayed : reply;
-  const totals = await serve(listeners, { protocol, idleTimeout, signal, logger });
-  if (quiet) return;
-  info(`served ${totals.clients} clients, ${totals.messages} messages, ${totals.bytes} bytes`);
+  await serve(listeners, { protocol, idleTimeout, signal, logger });
 }
 
 if (import.meta.main) {
@@ -529,4 +487,5 @@ if (import.meta.main) {
     console.error(`select_server: ${error instanceof Error ? error.message : error}`);
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   });
+  Deno.exit(); // before Deno 2.9, a write that was pending when we closed would keep the process
 }

@@ -326,4 +326,5 @@ if (import.meta.main) {
     console.error(`echo_client: ${error instanceof Error ? error.message : error}`);
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   });
+  Deno.exit(); // in Deno 2.8, what was pending when a connection was closed keeps the process
 }

@@ -52,8 +52,8 @@ class Client {
 }
 
 /**
- * Replies to what one read has brought, at once or in a promise: with nothing if it is empty, with a
- * goodbye if it is null. `bytes` is overwritten when the reply is out: copy what you keep for longer.
+ * Makes the reply to what one read has brought, at once or in a promise. An empty one sends nothing, null
+ * says goodbye. `bytes` is overwritten when the reply is out: copy what you keep for longer.
  */
 export type Reply = (bytes: Uint8Array) => Uint8Array | null | Promise<Uint8Array | null>;
 /** What {@linkcode serve} has done; a message is what one read has brought. */
@@ -63,7 +63,7 @@ export type Totals = { clients: number; messages: number; bytes: number };
 export interface ServeOptions {
   /** Makes a client's reply function, with its first message. By default {@linkcode echo}. */
   protocol?: (remoteAddr: Deno.Addr) => Reply;
-  /** Closes a client that has made no progress for so long. By default never. */
+  /** Closes a client that has neither sent, read nor got its reply for so long. By default never. */
   idleTimeout?: number;
   /** Stops the server when it aborts. */
   signal?: AbortSignal;
@@ -122,7 +122,7 @@ export async function serve(
           startAccept(completion.listener);
           welcome(completion.conn);
           break;
-        case "received": // null is the end of the stream, and all before it has been answered
+        case "received": // null is the end of the stream
           if (completion.count === null) disconnect(completion.client, "end of stream");
           else answer(completion.client, completion.count);
           break;
@@ -217,10 +217,11 @@ export async function serve(
   }
 
   function disconnect(client: Client, why: string): void {
-    const level = client.state === "replying" ? "error" : "info"; // a failed reply is our trouble
+    const level = client.state === "replying" ? "error" : "info"; // a reply that fails is our trouble
     log(level, `${client.name} disconnected while ${client.state}: ${why}`);
     clients.delete(client);
     client.state = "closed";
+    client.conn.closeWrite().catch(() => {}); // Deno 2.8 leaves a connection that is read from open
     client.conn[Symbol.dispose](); // a close that does not throw when somebody else has closed it
   }
 
@@ -240,7 +241,7 @@ export async function serve(
     timer ??= selector.after(TICK, () => push({ type: "tick" }));
   }
 
-  /** Charges everybody one tick for each, so that a loop that is late charges nobody for more. */
+  /** A tick comes when everybody who is ready has been heard, so a loop that is late wrongs nobody. */
   function tick(): void {
     for (const client of clients) {
       const idle = TICK * client.ticks++; // the first tick may come at once: it does not count
@@ -293,21 +294,19 @@ function describe(error: unknown): string {
 const BATCH = 60; // start so many in a turn: each leads to one more, a reply
 const CROWD = 120; // so many at once, and others may have been put off
 const CATCH_UP = 64; // turns that bring them in
-
 const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));
 
 /**
  * select() for promises. Where select(2) tells that a socket is *ready* for an operation, this tells
  * that an operation is *complete*: whoever starts one has its `then` push what has completed, a `T` of
  * your choice. So each promise is subscribed to once; `Promise.race` subscribes to all, each time.
- *
  * @example
  * ```ts
  * import { Selector } from "./select_server.ts";
  * const selector = new Selector<string>();
+ * await Promise.resolve(1).then((value) => selector.push(`got ${value}`));
  * selector.nextRound(() => selector.push("started"));
- * Promise.resolve(1).then((value) => selector.push(`got ${value}`));
- * console.log(await selector.select()); // [ "got 1" ], and then [ "started" ]
+ * console.log(await selector.select(), await selector.select()); // [ "got 1" ] [ "started" ]
  * ```
  */
 export class Selector<T> {
@@ -323,13 +322,13 @@ export class Selector<T> {
     this.#wake?.();
   }
 
-  /** Starts an operation when everything that is ready has been handed out, so that nobody starves. */
+  /** Starts an operation when all that has completed has been handed out, so that nobody starves. */
   nextRound(start: () => void): void {
     this.#nextRound.push(start);
     this.#wake?.();
   }
 
-  /** The same after some milliseconds, also if the loop is late. Returns what `clearTimeout` takes. */
+  /** The same after so many ms, and after all that is ready by then. Returns what `clearTimeout` takes. */
   after(ms: number, start: () => void): ReturnType<typeof setTimeout> {
     return setTimeout(() => {
       this.#turnsLeft = CATCH_UP;
@@ -487,5 +486,5 @@ if (import.meta.main) {
     console.error(`select_server: ${error instanceof Error ? error.message : error}`);
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   });
-  Deno.exit(); // before Deno 2.9, a write that was pending when we closed would keep the process
+  Deno.exit(); // in Deno 2.8, what was pending when a connection was closed keeps the process
 }

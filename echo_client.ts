@@ -4,8 +4,6 @@
  * fairness. It needs `select_server.ts` beside it, for the selector: a client of a thousand sockets would
  * starve some of them just as a server does, and report that as the server's doing.
  *
- *     deno run --allow-net echo_client.ts --clients 1000 --messages 100
- *
  * @module
  */
 import { parseArgs } from "jsr:@std/cli@^1/parse-args"; // in full: so this file runs where it is copied
@@ -23,7 +21,6 @@ type Completion =
 const BUFFER_SIZE = 16 * 1024;
 const NOTHING = new Uint8Array(0);
 const TICK = 100; // ms: time is counted in ticks, so that no server is blamed for this loop's lateness
-
 class Client {
   conn?: Deno.TcpConn;
   outcome?: string; // when it has ended: "succeeded", or why not
@@ -133,9 +130,11 @@ async function run(options: ReturnType<typeof parseCommandLine>, signal: AbortSi
     const { buffer, message, returned } = client;
     if (count === null) return end(client, message === undefined ? "succeeded" : "closed early");
     if (options.verify) {
-      if (returned + count > (message?.length ?? 0)) return end(client, "sent too much");
-      const right = message?.subarray(returned, returned + count);
-      if (right?.some((byte, i) => byte !== buffer[i])) return end(client, "wrong bytes");
+      const expected = message ?? NOTHING;
+      if (returned + count > expected.length) return end(client, "sent too much");
+      for (let i = 0; i < count; i++) {
+        if (buffer[i] !== expected[returned + i]) return end(client, "wrong bytes");
+      }
       if (returned + count === message?.length) client.reply = message;
     } else client.reply ??= buffer.slice(0, count);
     client.returned += count;

@@ -26,7 +26,6 @@ type Connection = Deno.Conn & Partial<Pick<Deno.TcpConn, "setNoDelay">>;
 const SMALL_BUFFER = 4 * 1024; // a pending read holds its buffer: a small one while it is quiet,
 const LARGE_BUFFER = 32 * 1024; // and a large one after a read that has filled it
 const NOTHING = new Uint8Array(0);
-
 /** One operation of a client is pending at a time; its completion is pushed to the selector. */
 class Client {
   state: "reading" | "replying" | "writing" | "closed" = "reading";
@@ -130,7 +129,7 @@ export async function serve(
           if (completion.reply === null) halfClose(completion.client);
           send(completion.client, completion.reply ?? NOTHING);
           break;
-        case "sent": // perhaps a part only: send the rest, and read again when there is none
+        case "sent": // perhaps a part only: the rest is sent in the next round
           send(completion.client, completion.client.unsent.subarray(completion.count));
           break;
         case "failed": // reset, broken pipe, a failed reply: it ends this client alone
@@ -202,6 +201,7 @@ export async function serve(
     client.ticks = 0;
     client.unsent = bytes.length > 0 ? bytes : NOTHING; // an empty part would hold the whole
     if (bytes.length === 0) return readOn(client);
+    if (client.state === "writing") return selector.nextRound(client.startWrite); // the rest
     client.state = "writing";
     client.startWrite();
   }

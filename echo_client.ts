@@ -15,8 +15,7 @@ type Completion =
   | { type: "sent"; client: Client; count: number }
   | { type: "received"; client: Client; count: number | null }
   | { type: "failed"; client: Client; error: unknown }
-  | { type: "tick" }
-  | { type: "abort" };
+  | { type: "tick" | "abort" };
 
 const BUFFER_SIZE = 16 * 1024;
 const NOTHING = new Uint8Array(0);
@@ -62,8 +61,7 @@ async function run(options: ReturnType<typeof parseCommandLine>, signal: AbortSi
 
   while (running > 0) {
     for (const completion of await selector.select()) {
-      // A client may have ended while its completion was on its way.
-      if ("client" in completion && completion.client.outcome !== undefined) continue;
+      if ("client" in completion && completion.client.outcome !== undefined) continue; // it has ended
       switch (completion.type) {
         case "connected": // send the first message, and read what comes back
           welcome(completion.client, completion.conn);
@@ -244,7 +242,7 @@ clients   ${report.succeeded} succeeded, ${report.failed} failed${reasons}
 echoes    ${report.echoes}, ${report.bytes} bytes in ${report.seconds.toFixed(3)} s
 speed     ${Math.round(report.echoesPerSecond)} echoes/s
 latency   ${times.join(", ")}
-          ${bars(report.latencies)}
+          ${report.echoes > 0 ? bars(report.latencies) : "no echo has come back"}
 finished  first client after ${finished.first.toFixed()} ms, last after ${finished.last.toFixed()} ms
 fairness  ${report.jain.toFixed(3)} (Jain's index: 1 if all clients were served alike)`;
 }
@@ -286,6 +284,9 @@ function parseCommandLine() {
   const { host = "127.0.0.1", json, quiet, help, verify } = args;
   if (host === "") throw new RangeError("--host: expected an address or a name");
   if (words.includes("")) throw new RangeError('"": expected a MESSAGE of at least one byte');
+  if (words.length > 0 && (args.messages ?? args.size) !== undefined) {
+    throw new RangeError(`${words[0]}: expected either MESSAGEs or --messages and --size`);
+  }
   const number = (option: string, text: string | undefined, value: number, most: number) => {
     if (text === undefined) return value;
     if (/^[1-9]\d*$/.test(text) && Number(text) <= most) return Number(text);

@@ -115,7 +115,7 @@ export async function serve(
 
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
-      if ("client" in completion && completion.client.state === "closed") continue; // meanwhile
+      if ("client" in completion && completion.client.state === "closed") continue; // closed meanwhile
       switch (completion.type) {
         case "accepted": // a client has connected: wait for the next one, and for what it says
           startAccept(completion.listener);
@@ -291,7 +291,7 @@ function describe(error: unknown): string {
 // What follows is of today's runtime: wrong numbers cost speed or fairness, not correctness. tokio lets
 // a task complete 128 I/O operations a turn (`tokio::task::coop`), and puts off the rest until it has
 // looked for what is ready, which it does at least every 61 turns (`event_interval`).
-const BATCH = 60; // start so many in a turn: each leads to one more, a reply
+const BATCH = 60; // reads to start in a turn: each leads to a write, and both must fit in
 const CROWD = 120; // so many at once, and others may have been put off
 const CATCH_UP = 64; // turns that bring them in
 const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));

@@ -439,7 +439,7 @@ Ctrl-C stops it when the replies that it owes are out; a second one, at once.`;
 
 function parseCommandLine() {
   const refuse = (arg: unknown) => {
-    throw new RangeError(`${arg}: expected one of the options that --help shows`);
+    throw new RangeError(`${arg}: expected one of the options in --help`);
   };
   const args = parseArgs(Deno.args, {
     string: ["host", "port", "ports", "delay", "idle-timeout"],

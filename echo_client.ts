@@ -236,10 +236,10 @@ function parseCommandLine() {
       option === undefined ? words.push(arg) < 0 : refuse(arg, "one of the options in --help"),
   });
   words.push(...args._.map(String)); // what comes after --
-  const { host = "127.0.0.1", messages: chosen = args.size, json, quiet, help } = args;
+  const { host = "127.0.0.1", json, quiet, help } = args;
   if (host === "") refuse("--host", "an address or a name");
   if (words.includes("")) refuse('""', "a MESSAGE of at least one byte");
-  if (words.length > 0 && chosen) refuse(words[0], "either MESSAGEs or --messages and --size");
+  if (words[0] && (args.messages ?? args.size)) refuse(words[0], "either MESSAGEs or -n and -s");
   const number = (option: string, text: string, most: number) =>
     /^[1-9]\d*$/.test(text) && Number(text) <= most
       ? Number(text)
@@ -274,5 +274,5 @@ if (import.meta.main) {
     console.error(`echo_client: ${error instanceof Error ? error.message : error}`);
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   }
-  Deno.exit(); // connects and ticks may still be pending
+  Deno.exit(); // whatever is still pending: a connect, a tick, in Deno 2.8 a closed connection
 }

@@ -702,7 +702,7 @@ const badUse: [typeof server, string, RegExp][] = [
   [client, "--host", /--host: expected an address/],
   [client, "--clients 0", /--clients 0: expected a whole number from 1/],
   [client, "--size 1.5", /--size 1\.5: expected a whole number/],
-  [client, "--messages 2 hello", /hello: expected either MESSAGEs or --messages and --size/],
+  [client, "--messages 2 hello", /hello: expected either MESSAGEs or -n and -s/],
   [client, "--timeout 0", /--timeout 0: expected seconds above 0/],
 ];
 promise(run, "bad use is one line that says what was expected, and exit code 2", async () => {

@@ -21,17 +21,17 @@ type Completion =
 const TICK = 100; // ms: time is counted in ticks, so that no server is blamed for this loop's lateness
 const NOTHING = new Uint8Array(0);
 const encode = (text: string) => new TextEncoder().encode(text);
-const decode = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+const decode = (bytes: Uint8Array) => new TextDecoder().decode(bytes).replace(/\p{Cc}+/gu, " ");
 class Client {
   conn?: Deno.TcpConn;
-  endedAt = 0; // ms since the start of the run
+  endedAt?: number; // ms since the start of the run, if it has succeeded
   ticks = 0; // since it began to connect, or to send its message
   echoes = 0;
-  message: Uint8Array = NOTHING; // so while it connects, and again when all are out
+  message: Uint8Array = NOTHING; // none yet while it connects, and none left when all are out
   sentAt = 0;
-  unsent: Uint8Array = NOTHING; // the part of it that is still to be written
-  awaited: Uint8Array = NOTHING; // the part of it that is still to come back
-  buffer = new Uint8Array(16 * 1024); // what reads fill
+  unsent: Uint8Array = NOTHING; // the part of the message that is still to be written
+  awaited: Uint8Array = NOTHING; // the part of the message that is still to come back
+  buffer = NOTHING; // what reads fill, once it is connected
 
   constructor(readonly id: number, readonly push: (completion: Completion) => void) {}
 
@@ -51,7 +51,6 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   const clients = Array.from({ length: options.clients }, (_, i) => new Client(i + 1, push));
   const running = new Set(clients);
   const outcomes: Record<string, number> = { succeeded: 0 };
-  const ends: number[] = []; // of those that succeeded
   const latencies: number[] = [];
   const start = performance.now();
   let bytes = 0;
@@ -90,6 +89,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
     Deno.connect({ hostname: options.host, port }).then((conn) => {
       if (!running.has(client)) return conn.close(); // too late
       client.conn = conn;
+      client.buffer = new Uint8Array(16 * 1024);
       conn.setNoDelay();
       push({ type: "connected", client });
     }).catch(client.onFailed);
@@ -97,26 +97,27 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
 
   /** Starts the next message or, after the last one, sends the end of the stream. */
   function startMessage(client: Client): void {
-    client.message = client.awaited = options.message(client.id, client.echoes) ?? NOTHING;
+    client.message = options.message(client.id, client.echoes) ?? NOTHING;
+    client.awaited = client.message;
     client.ticks = 0;
     client.sentAt = performance.now();
     if (client.message !== NOTHING) send(client, client.message);
     else client.conn?.closeWrite().catch(client.onFailed);
   }
 
-  function send(client: Client, bytes: Uint8Array): void {
-    client.unsent = bytes;
-    if (bytes.length > 0) client.startWrite();
+  function send(client: Client, unsent: Uint8Array): void {
+    client.unsent = unsent;
+    if (unsent.length > 0) client.startWrite();
     else advance(client);
   }
 
   function receive(client: Client, count: number | null): void {
     const { id, message, awaited, buffer } = client;
     if (count === null) return end(client, message === NOTHING ? "succeeded" : "closed early");
-    const came = buffer.subarray(0, count);
-    const expected = options.verify ? awaited.subarray(0, count) : came;
-    if (expected.length < count) return end(client, "sent too much");
+    const expected = (options.verify ? awaited : buffer).subarray(0, count);
+    const came = buffer.subarray(0, expected.length);
     if (Buffer.compare(came, expected) !== 0) return end(client, "wrong bytes");
+    if (expected.length < count) return end(client, "sent too much");
     bytes += count;
     client.awaited = options.verify ? awaited.subarray(count) : NOTHING;
     if (options.words.length > 0 && !options.json && client.awaited.length === 0) {
@@ -128,8 +129,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
 
   /** Goes on to the next message when this one is out and its echo is in. */
   function advance(client: Client): void {
-    const { message, unsent, awaited } = client;
-    if (message === NOTHING || unsent.length > 0 || awaited.length > 0) return;
+    if (client.message === NOTHING || client.unsent.length > 0 || client.awaited.length > 0) return;
     client.echoes++;
     latencies.push(performance.now() - client.sentAt);
     startMessage(client);
@@ -146,8 +146,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   function end(client: Client, outcome: string): void {
     running.delete(client);
     outcomes[outcome] = (outcomes[outcome] ?? 0) + 1;
-    client.endedAt = performance.now() - start;
-    if (outcome === "succeeded") ends.push(client.endedAt);
+    if (outcome === "succeeded") client.endedAt = performance.now() - start;
     client.conn?.close();
   }
 
@@ -158,15 +157,16 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
     const seconds = (performance.now() - start) / 1000;
     const echoesPerSecond = echoes / seconds;
     const sorted = Float64Array.from(latencies).sort();
-    const at = (q: number) => sorted.at(Math.ceil(echoes * q) - 1) ?? 0;
+    const at = (share: number) => sorted.at(Math.ceil(echoes * share) - 1) ?? 0;
     const latency = { p50: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) };
+    const ends = clients.flatMap(({ endedAt }) => endedAt ?? []).sort((a, b) => a - b);
     const finished = { first: ends.at(0) ?? 0, last: ends.at(-1) ?? 0 };
-    const rates = clients.map((client) => client.echoes / client.endedAt);
-    const sum = rates.reduce((sum, rate) => sum + rate, 0);
-    const squares = rates.reduce((sum, rate) => sum + rate ** 2, 0);
+    const rates = clients.map((client) => client.echoes / (client.endedAt ?? 1000 * seconds));
+    const sum = rates.reduce((total, rate) => total + rate, 0);
+    const squares = rates.reduce((total, rate) => total + rate ** 2, 0);
     const jain = squares === 0 ? 0 : sum ** 2 / (rates.length * squares);
     if (failed > 0) Deno.exitCode = 1;
-    if (options.json) {
+    if (options.json && !options.quiet) {
       const counts = { succeeded, failed, reasons, echoes, bytes };
       const figures = { seconds, echoesPerSecond, latency, finished, jain };
       return console.log(JSON.stringify({ ...counts, ...figures }));
@@ -196,8 +196,8 @@ function reasonOf(error: unknown): string {
 function bars(sorted: Float64Array): string {
   const [least = 0, most = 0] = [sorted.at(0), sorted.at(-1)];
   const counts = new Array<number>(50).fill(0);
-  const scale = (counts.length - 1) / Math.log(most / least); // endless if all took the same time
-  for (const time of sorted) counts[Math.floor(scale * Math.log(time / least)) || 0]++;
+  const scale = (counts.length - 1) / Math.log(most / least); // infinite if all took the same, and
+  for (const time of sorted) counts[Math.floor(scale * Math.log(time / least)) || 0]++; // NaN here
   const line = counts.map((n) => "▁▂▃▄▅▆▇█"[Math.ceil(7 * n / Math.max(...counts))]).join("");
   return `${least.toFixed(2)} ms ${line} ${most.toFixed(2)} ms`;
 }
@@ -215,7 +215,7 @@ Echo client: many concurrent clients that compare every byte, and a report.
   -n, --messages N      messages each client sends (10)
   -s, --size BYTES      bytes a message (64)
       --timeout S       give up on a connect or an echo after S seconds (10)
-      --no-verify       take whatever comes back as the reply (for --stamp)
+      --no-verify       take what one read brings as the reply (for --stamp)
       --json            print the report as JSON
   -q, --quiet           print no report
   -h, --help            show this help
@@ -224,7 +224,7 @@ With MESSAGEs each client sends these, and without --json replies are printed.
 It exits with 0 only if no client failed. Ctrl-C prints the report so far.`;
 
 function parseCommandLine() {
-  const words: string[] = []; // parseArgs would make numbers of digits
+  const words: string[] = [];
   const refuse = (arg: string, expected: string): never => {
     throw new RangeError(`${arg}: expected ${expected}`);
   };
@@ -232,6 +232,7 @@ function parseCommandLine() {
     string: ["host", "port", "ports", "clients", "messages", "size", "timeout"],
     boolean: ["no-verify", "json", "quiet", "help"],
     alias: { host: "H", port: "p", clients: "c", messages: "n", size: "s", quiet: "q", help: "h" },
+    // false: it is kept here, as parseArgs would make a number of 007
     unknown: (arg, option) =>
       option === undefined ? words.push(arg) < 0 : refuse(arg, "one of the options in --help"),
   });
@@ -247,8 +248,8 @@ function parseCommandLine() {
   const first = number("--port", args.port ?? "50007", 65535);
   const length = number("--ports", args.ports ?? "2", 65536 - first);
   const ports = Array.from({ length }, (_, i) => first + i);
-  const clients = number("--clients", args.clients ?? (words.length > 0 ? "1" : "100"), 1e6);
-  const messages = number("--messages", args.messages ?? "10", 1e9);
+  const clients = number("--clients", args.clients ?? (words.length > 0 ? "1" : "100"), 1e5);
+  const messages = number("--messages", args.messages ?? "10", Math.floor(1e8 / clients));
   const size = number("--size", args.size ?? "64", 2 ** 30);
   const timeout = Number(args.timeout ?? 10);
   if (!(timeout > 0)) refuse(`--timeout ${args.timeout}`, "seconds above 0");
@@ -257,7 +258,7 @@ function parseCommandLine() {
   /** Random bytes differ by client and message, so that a reply to the wrong client is noticed. */
   const message = (client: number, index: number): Uint8Array | undefined => {
     if (words.length > 0) return lines[index];
-    const offset = (client * 7919 + index * 104729) % 65536; // primes: the offsets repeat late
+    const offset = (client * 7919 + index * 104729) % 65536; // odd steps: all come before one repeats
     return index < messages ? random.subarray(offset, offset + size) : undefined;
   };
   const verify = !args["no-verify"];
@@ -274,5 +275,5 @@ if (import.meta.main) {
     console.error(`echo_client: ${error instanceof Error ? error.message : error}`);
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   }
-  Deno.exit(); // whatever is still pending: a connect, a tick, in Deno 2.8 a closed connection
+  Deno.exit(); // whatever is pending: a connect, the tick; in Deno 2.8, a closed connection
 }

@@ -18,20 +18,20 @@ type Completion =
   | { type: "failed"; client: Client; error: unknown }
   | { type: "tick" };
 
-const TICK = 100; // ms: time is counted in ticks, so that no server is blamed for this loop's lateness
+const TICK = 100; // ms: time is counted in ticks; a late loop counts one, and blames no server
 const NOTHING = new Uint8Array(0);
 const encode = (text: string) => new TextEncoder().encode(text);
 const decode = (bytes: Uint8Array) => new TextDecoder().decode(bytes).replace(/\p{Cc}+/gu, " ");
 class Client {
   conn?: Deno.TcpConn;
-  endedAt?: number; // ms since the start of the run, if it has succeeded
+  succeededAt?: number; // ms since the start of the run
   ticks = 0; // since it began to connect, or to send its message
   echoes = 0;
-  message: Uint8Array = NOTHING; // none yet while it connects, and none left when all are out
+  message: Uint8Array = NOTHING; // itself: before the first, and after the last has come back
   sentAt = 0;
   unsent: Uint8Array = NOTHING; // the part of the message that is still to be written
   awaited: Uint8Array = NOTHING; // the part of the message that is still to come back
-  buffer = NOTHING; // what reads fill, once it is connected
+  buffer = NOTHING; // what reads fill: a large one once it is connected
 
   constructor(readonly id: number, readonly push: (completion: Completion) => void) {}
 
@@ -114,7 +114,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   function receive(client: Client, count: number | null): void {
     const { id, message, awaited, buffer } = client;
     if (count === null) return end(client, message === NOTHING ? "succeeded" : "closed early");
-    const expected = (options.verify ? awaited : buffer).subarray(0, count);
+    const expected = (options.verify ? awaited : buffer).subarray(0, count); // or whatever came
     const came = buffer.subarray(0, expected.length);
     if (Buffer.compare(came, expected) !== 0) return end(client, "wrong bytes");
     if (expected.length < count) return end(client, "sent too much");
@@ -136,7 +136,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   }
 
   function tick(): void {
-    for (const client of running) { // the first tick may come at once: it does not count
+    for (const client of running) { // its first may come at once: it does not count
       if (TICK * client.ticks++ >= 1000 * options.timeout) end(client, "timed out");
     }
     if (options.progress) Deno.stderr.writeSync(encode(`\r${latencies.length} echoes\x1b[K\r`));
@@ -146,7 +146,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   function end(client: Client, outcome: string): void {
     running.delete(client);
     outcomes[outcome] = (outcomes[outcome] ?? 0) + 1;
-    if (outcome === "succeeded") client.endedAt = performance.now() - start;
+    if (outcome === "succeeded") client.succeededAt = performance.now() - start;
     client.conn?.close();
   }
 
@@ -159,9 +159,9 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
     const sorted = Float64Array.from(latencies).sort();
     const at = (share: number) => sorted.at(Math.ceil(echoes * share) - 1) ?? 0;
     const latency = { p50: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) };
-    const ends = clients.flatMap(({ endedAt }) => endedAt ?? []).sort((a, b) => a - b);
+    const ends = clients.flatMap(({ succeededAt }) => succeededAt ?? []).sort((a, b) => a - b);
     const finished = { first: ends.at(0) ?? 0, last: ends.at(-1) ?? 0 };
-    const rates = clients.map((client) => client.echoes / (client.endedAt ?? 1000 * seconds));
+    const rates = clients.map((client) => client.echoes / (client.succeededAt ?? 1000 * seconds));
     const sum = rates.reduce((total, rate) => total + rate, 0);
     const squares = rates.reduce((total, rate) => total + rate ** 2, 0);
     const jain = squares === 0 ? 0 : sum ** 2 / (rates.length * squares);
@@ -196,8 +196,9 @@ function reasonOf(error: unknown): string {
 function bars(sorted: Float64Array): string {
   const [least = 0, most = 0] = [sorted.at(0), sorted.at(-1)];
   const counts = new Array<number>(50).fill(0);
-  const scale = (counts.length - 1) / Math.log(most / least); // infinite if all took the same, and
-  for (const time of sorted) counts[Math.floor(scale * Math.log(time / least)) || 0]++; // NaN here
+  const scale = (counts.length - 1) / Math.log(most / least); // infinite if all took the same
+  // The first bar for NaN, which is infinity times 0.
+  for (const time of sorted) counts[Math.floor(scale * Math.log(time / least)) || 0]++;
   const line = counts.map((n) => "▁▂▃▄▅▆▇█"[Math.ceil(7 * n / Math.max(...counts))]).join("");
   return `${least.toFixed(2)} ms ${line} ${most.toFixed(2)} ms`;
 }
@@ -232,7 +233,7 @@ function parseCommandLine() {
     string: ["host", "port", "ports", "clients", "messages", "size", "timeout"],
     boolean: ["no-verify", "json", "quiet", "help"],
     alias: { host: "H", port: "p", clients: "c", messages: "n", size: "s", quiet: "q", help: "h" },
-    // false: it is kept here, as parseArgs would make a number of 007
+    // `< 0` is false: it is kept here, as parseArgs would make a number of 007
     unknown: (arg, option) =>
       option === undefined ? words.push(arg) < 0 : refuse(arg, "one of the options in --help"),
   });

@@ -27,7 +27,7 @@ class Client {
   succeededAt?: number; // ms since the start of the run
   ticks = 0; // since it began to connect, or to send its message
   echoes = 0;
-  message: Uint8Array = NOTHING; // itself: before the first, and after the last has come back
+  message: Uint8Array = NOTHING; // NOTHING itself: before the first, and after the last
   sentAt = 0;
   unsent: Uint8Array = NOTHING; // the part of the message that is still to be written
   awaited: Uint8Array = NOTHING; // the part of the message that is still to come back
@@ -250,6 +250,7 @@ function parseCommandLine() {
   const length = number("--ports", args.ports ?? "2", 65536 - first);
   const ports = Array.from({ length }, (_, i) => first + i);
   const clients = number("--clients", args.clients ?? (words.length > 0 ? "1" : "100"), 1e5);
+  // No more than 1e8 in all, as the time of each is kept.
   const messages = number("--messages", args.messages ?? "10", Math.floor(1e8 / clients));
   const size = number("--size", args.size ?? "64", 2 ** 30);
   const timeout = Number(args.timeout ?? 10);

@@ -30,7 +30,7 @@ class Client {
   message: Uint8Array = NOTHING; // NOTHING itself: before the first, and after the last
   sentAt = 0;
   unsent: Uint8Array = NOTHING; // the part of the message that is still to be written
-  awaited: Uint8Array = NOTHING; // the part of the message that is still to come back
+  unread: Uint8Array = NOTHING; // the part of its echo that is still to be read
   buffer = NOTHING; // what reads fill: a large one once it is connected
 
   constructor(readonly id: number, readonly push: (completion: Completion) => void) {}
@@ -98,7 +98,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   /** Starts the next message or, after the last one, sends the end of the stream. */
   function startMessage(client: Client): void {
     client.message = options.message(client.id, client.echoes) ?? NOTHING;
-    client.awaited = client.message;
+    client.unread = client.message;
     client.ticks = 0;
     client.sentAt = performance.now();
     if (client.message !== NOTHING) send(client, client.message);
@@ -112,15 +112,15 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   }
 
   function receive(client: Client, count: number | null): void {
-    const { id, message, awaited, buffer } = client;
+    const { id, message, unread, buffer } = client;
     if (count === null) return end(client, message === NOTHING ? "succeeded" : "closed early");
-    const expected = (options.verify ? awaited : buffer).subarray(0, count); // or whatever came
+    const expected = (options.verify ? unread : buffer).subarray(0, count); // or whatever came
     const came = buffer.subarray(0, expected.length);
     if (Buffer.compare(came, expected) !== 0) return end(client, "wrong bytes");
     if (expected.length < count) return end(client, "sent too much");
     bytes += count;
-    client.awaited = options.verify ? awaited.subarray(count) : NOTHING;
-    if (options.words.length > 0 && !options.json && client.awaited.length === 0) {
+    client.unread = options.verify ? unread.subarray(count) : NOTHING;
+    if (options.words.length > 0 && !options.json && client.unread.length === 0) {
       console.log(`client ${id} received: ${decode(options.verify ? message : came)}`);
     }
     advance(client);
@@ -129,7 +129,7 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
 
   /** Goes on to the next message when this one is out and its echo is in. */
   function advance(client: Client): void {
-    if (client.message === NOTHING || client.unsent.length > 0 || client.awaited.length > 0) return;
+    if (client.message === NOTHING || client.unsent.length > 0 || client.unread.length > 0) return;
     client.echoes++;
     latencies.push(performance.now() - client.sentAt);
     startMessage(client);
@@ -215,7 +215,7 @@ Echo client: many concurrent clients that compare every byte, and a report.
   -c, --clients N       concurrent clients (100, or 1 with MESSAGEs)
   -n, --messages N      messages each client sends (10)
   -s, --size BYTES      bytes a message (64)
-      --timeout S       give up on a connect or an echo after S seconds (10)
+      --timeout S       give up on connect, echo or close after S seconds (10)
       --no-verify       take what one read brings as the reply (for --stamp)
       --json            print the report as JSON
   -q, --quiet           print no report
@@ -277,5 +277,5 @@ if (import.meta.main) {
     console.error(`echo_client: ${error instanceof Error ? error.message : error}`);
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   }
-  Deno.exit(); // whatever is pending: a connect, the tick; in Deno 2.8, a closed connection
+  Deno.exit(); // or a tick, a late connect or, in Deno 2.8, a closed connection keeps the process
 }

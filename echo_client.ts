@@ -21,7 +21,8 @@ type Completion =
 const TICK = 100; // ms: time is counted in ticks; a late loop counts one, and blames no server
 const NOTHING = new Uint8Array(0);
 const encode = (text: string) => new TextEncoder().encode(text);
-const decode = (bytes: Uint8Array) => new TextDecoder().decode(bytes).replace(/\p{Cc}+/gu, " ");
+const decode = (bytes: Uint8Array) =>
+  new TextDecoder().decode(bytes).replace(/\p{Cc}+/gu, " ");
 class Client {
   conn?: Deno.TcpConn;
   succeededAt?: number; // ms since the start of the run
@@ -33,13 +34,20 @@ class Client {
   unread: Uint8Array = NOTHING; // the part of its echo that is still to be read
   buffer = NOTHING; // what reads fill: a large one once it is connected
 
-  constructor(readonly id: number, readonly push: (completion: Completion) => void) {}
+  constructor(
+    readonly id: number,
+    readonly push: (completion: Completion) => void,
+  ) {}
 
-  startRead = () => void this.conn?.read(this.buffer).then(this.onReceived, this.onFailed);
-  startWrite = () => void this.conn?.write(this.unsent).then(this.onSent, this.onFailed);
-  onReceived = (count: number | null) => this.push({ type: "received", client: this, count });
+  startRead = () =>
+    void this.conn?.read(this.buffer).then(this.onReceived, this.onFailed);
+  startWrite = () =>
+    void this.conn?.write(this.unsent).then(this.onSent, this.onFailed);
+  onReceived = (count: number | null) =>
+    this.push({ type: "received", client: this, count });
   onSent = (count: number) => this.push({ type: "sent", client: this, count });
-  onFailed = (error: unknown) => this.push({ type: "failed", client: this, error });
+  onFailed = (error: unknown) =>
+    this.push({ type: "failed", client: this, error });
 }
 
 // ---- The run
@@ -48,13 +56,17 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
   const selector = new Selector<Completion>();
   const push = (completion: Completion) => selector.push(completion);
   const nextTick = () => selector.after(TICK, () => push({ type: "tick" }));
-  const clients = Array.from({ length: options.clients }, (_, i) => new Client(i + 1, push));
+  const clients = Array.from(
+    { length: options.clients },
+    (_, i) => new Client(i + 1, push),
+  );
   const running = new Set(clients);
   const outcomes: Record<string, number> = { succeeded: 0 };
   const latencies: number[] = [];
   const start = performance.now();
   let bytes = 0;
-  const interrupt = () => running.forEach((client) => client.onFailed("interrupted"));
+  const interrupt = () =>
+    running.forEach((client) => client.onFailed("interrupted"));
   Deno.addSignalListener("SIGINT", interrupt);
   clients.forEach(startConnect);
   nextTick();
@@ -68,7 +80,10 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
           selector.nextRound(completion.client.startRead);
           break;
         case "sent": // perhaps a part only; meanwhile its echo is being read
-          send(completion.client, completion.client.unsent.subarray(completion.count));
+          send(
+            completion.client,
+            completion.client.unsent.subarray(completion.count),
+          );
           break;
         case "received": // null is the end of the stream
           receive(completion.client, completion.count);
@@ -113,15 +128,21 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
 
   function receive(client: Client, count: number | null): void {
     const { id, message, unread, buffer } = client;
-    if (count === null) return end(client, message === NOTHING ? "succeeded" : "closed early");
+    if (count === null) {
+      return end(client, message === NOTHING ? "succeeded" : "closed early");
+    }
     const expected = (options.verify ? unread : buffer).subarray(0, count); // or whatever came
     const came = buffer.subarray(0, expected.length);
     if (Buffer.compare(came, expected) !== 0) return end(client, "wrong bytes");
     if (expected.length < count) return end(client, "sent too much");
     bytes += count;
     client.unread = options.verify ? unread.subarray(count) : NOTHING;
-    if (options.words.length > 0 && !options.json && client.unread.length === 0) {
-      console.log(`client ${id} received: ${decode(options.verify ? message : came)}`);
+    if (
+      options.words.length > 0 && !options.json && client.unread.length === 0
+    ) {
+      console.log(
+        `client ${id} received: ${decode(options.verify ? message : came)}`,
+      );
     }
     advance(client);
     selector.nextRound(client.startRead);
@@ -129,7 +150,10 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
 
   /** Goes on to the next message when this one is out and its echo is in. */
   function advance(client: Client): void {
-    if (client.message === NOTHING || client.unsent.length > 0 || client.unread.length > 0) return;
+    if (
+      client.message === NOTHING || client.unsent.length > 0 ||
+      client.unread.length > 0
+    ) return;
     client.echoes++;
     latencies.push(performance.now() - client.sentAt);
     startMessage(client);
@@ -137,9 +161,13 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
 
   function tick(): void {
     for (const client of running) { // its first may come at once: it does not count
-      if (TICK * client.ticks++ >= 1000 * options.timeout) end(client, "timed out");
+      if (TICK * client.ticks++ >= 1000 * options.timeout) {
+        end(client, "timed out");
+      }
     }
-    if (options.progress) Deno.stderr.writeSync(encode(`\r${latencies.length} echoes\x1b[K\r`));
+    if (options.progress) {
+      Deno.stderr.writeSync(encode(`\r${latencies.length} echoes\x1b[K\r`));
+    }
     nextTick();
   }
 
@@ -159,9 +187,14 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
     const sorted = Float64Array.from(latencies).sort();
     const at = (share: number) => sorted.at(Math.ceil(echoes * share) - 1) ?? 0;
     const latency = { p50: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) };
-    const ends = clients.flatMap(({ succeededAt }) => succeededAt ?? []).sort((a, b) => a - b);
+    const ends = clients.flatMap(({ succeededAt }) => succeededAt ?? []).sort((
+      a,
+      b,
+    ) => a - b);
     const finished = { first: ends.at(0) ?? 0, last: ends.at(-1) ?? 0 };
-    const rates = clients.map((client) => client.echoes / (client.succeededAt ?? 1000 * seconds));
+    const rates = clients.map((client) =>
+      client.echoes / (client.succeededAt ?? 1000 * seconds)
+    );
     const sum = rates.reduce((total, rate) => total + rate, 0);
     const squares = rates.reduce((total, rate) => total + rate ** 2, 0);
     const jain = squares === 0 ? 0 : sum ** 2 / (rates.length * squares);
@@ -172,8 +205,12 @@ async function run(options: ReturnType<typeof parseCommandLine>) {
       return console.log(JSON.stringify({ ...counts, ...figures }));
     }
     if (options.quiet || (options.words.length > 0 && failed === 0)) return;
-    const failures = Object.entries(reasons).map(([reason, n]) => `, ${n} ${reason}`).join("");
-    const times = Object.entries(latency).map(([name, ms]) => `${name} ${ms.toFixed(2)} ms`);
+    const failures = Object.entries(reasons).map(([reason, n]) =>
+      `, ${n} ${reason}`
+    ).join("");
+    const times = Object.entries(latency).map(([name, ms]) =>
+      `${name} ${ms.toFixed(2)} ms`
+    );
     console.log(`\
 clients   ${succeeded} succeeded, ${failed} failed${failures}
 echoes    ${echoes}, ${bytes} bytes in ${seconds.toFixed(3)} s
@@ -181,15 +218,24 @@ speed     ${Math.round(echoesPerSecond)} echoes/s
 latency   ${times.join(", ")}
           ${echoes > 0 ? bars(sorted) : "no echo has come back"}
 finished  first client after ${finished.first.toFixed()} ms, last after ${finished.last.toFixed()} ms
-fairness  ${jain.toFixed(3)} (Jain's index: 1 if all clients were served alike)`);
+fairness  ${
+      jain.toFixed(3)
+    } (Jain's index: 1 if all clients were served alike)`);
   }
 }
 
-const { ConnectionRefused, ConnectionReset, BrokenPipe, NotConnected } = Deno.errors;
+const { ConnectionRefused, ConnectionReset, BrokenPipe, NotConnected } =
+  Deno.errors;
 function reasonOf(error: unknown): string {
   if (error instanceof ConnectionRefused) return "refused";
-  const reset = [ConnectionReset, BrokenPipe, NotConnected].some((kind) => error instanceof kind);
-  return reset ? "reset" : error instanceof Error ? error.message : String(error);
+  const reset = [ConnectionReset, BrokenPipe, NotConnected].some((kind) =>
+    error instanceof kind
+  );
+  return reset
+    ? "reset"
+    : error instanceof Error
+    ? error.message
+    : String(error);
 }
 
 /** How many echoes took how long, from the shortest to the longest, on a logarithmic scale. */
@@ -198,8 +244,12 @@ function bars(sorted: Float64Array): string {
   const counts = new Array<number>(50).fill(0);
   const scale = (counts.length - 1) / Math.log(most / least); // infinite if all took the same
   // The first bar for NaN, which is infinity times 0.
-  for (const time of sorted) counts[Math.floor(scale * Math.log(time / least)) || 0]++;
-  const line = counts.map((n) => "▁▂▃▄▅▆▇█"[Math.ceil(7 * n / Math.max(...counts))]).join("");
+  for (const time of sorted) {
+    counts[Math.floor(scale * Math.log(time / least)) || 0]++;
+  }
+  const line = counts.map((n) =>
+    "▁▂▃▄▅▆▇█"[Math.ceil(7 * n / Math.max(...counts))]
+  ).join("");
   return `${least.toFixed(2)} ms ${line} ${most.toFixed(2)} ms`;
 }
 
@@ -232,16 +282,28 @@ function parseCommandLine() {
   const args = parseArgs(Deno.args, {
     string: ["host", "port", "ports", "clients", "messages", "size", "timeout"],
     boolean: ["no-verify", "json", "quiet", "help"],
-    alias: { host: "H", port: "p", clients: "c", messages: "n", size: "s", quiet: "q", help: "h" },
+    alias: {
+      host: "H",
+      port: "p",
+      clients: "c",
+      messages: "n",
+      size: "s",
+      quiet: "q",
+      help: "h",
+    },
     // `< 0` is false: it is kept here, as parseArgs would make a number of 007
     unknown: (arg, option) =>
-      option === undefined ? words.push(arg) < 0 : refuse(arg, "one of the options in --help"),
+      option === undefined
+        ? words.push(arg) < 0
+        : refuse(arg, "one of the options in --help"),
   });
   words.push(...args._.map(String)); // what comes after --
   const { host = "127.0.0.1", json, quiet, help } = args;
   if (host === "") refuse("--host", "an address or a name");
   if (words.includes("")) refuse('""', "a MESSAGE of at least one byte");
-  if (words[0] && (args.messages ?? args.size)) refuse(words[0], "either MESSAGEs or -n and -s");
+  if (words[0] && (args.messages ?? args.size)) {
+    refuse(words[0], "either MESSAGEs or -n and -s");
+  }
   const number = (option: string, text: string, most: number) =>
     /^[1-9]\d*$/.test(text) && Number(text) <= most
       ? Number(text)
@@ -249,9 +311,17 @@ function parseCommandLine() {
   const first = number("--port", args.port ?? "50007", 65535);
   const length = number("--ports", args.ports ?? "2", 65536 - first);
   const ports = Array.from({ length }, (_, i) => first + i);
-  const clients = number("--clients", args.clients ?? (words.length > 0 ? "1" : "100"), 1e5);
+  const clients = number(
+    "--clients",
+    args.clients ?? (words.length > 0 ? "1" : "100"),
+    1e5,
+  );
   // No more than 1e8 in all, as the time of each is kept.
-  const messages = number("--messages", args.messages ?? "10", Math.floor(1e8 / clients));
+  const messages = number(
+    "--messages",
+    args.messages ?? "10",
+    Math.floor(1e8 / clients),
+  );
   const size = number("--size", args.size ?? "64", 2 ** 30);
   const timeout = Number(args.timeout ?? 10);
   if (!(timeout > 0)) refuse(`--timeout ${args.timeout}`, "seconds above 0");
@@ -261,11 +331,25 @@ function parseCommandLine() {
   const message = (client: number, index: number): Uint8Array | undefined => {
     if (words.length > 0) return lines[index];
     const offset = (client * 7919 + index * 104729) % 65536; // odd steps: all come before one repeats
-    return index < messages ? random.subarray(offset, offset + size) : undefined;
+    return index < messages
+      ? random.subarray(offset, offset + size)
+      : undefined;
   };
   const verify = !args["no-verify"];
   const progress = !quiet && words.length === 0 && Deno.stderr.isTerminal();
-  return { host, ports, clients, message, timeout, words, verify, json, quiet, help, progress };
+  return {
+    host,
+    ports,
+    clients,
+    message,
+    timeout,
+    words,
+    verify,
+    json,
+    quiet,
+    help,
+    progress,
+  };
 }
 
 if (import.meta.main) {
@@ -274,7 +358,9 @@ if (import.meta.main) {
     if (options.help) console.log(HELP);
     else await run(options);
   } catch (error) {
-    console.error(`echo_client: ${error instanceof Error ? error.message : error}`);
+    console.error(
+      `echo_client: ${error instanceof Error ? error.message : error}`,
+    );
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   }
   Deno.exit(); // or a tick, a late connect or, in Deno 2.8, a closed connection keeps the process

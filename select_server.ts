@@ -36,25 +36,37 @@ class Client {
   unsent: Uint8Array = NOTHING; // the part of the reply that is still to be written
   reply?: Reply; // made with its first message
 
-  constructor(readonly name: string, readonly conn: Connection, readonly push: Push) {}
+  constructor(
+    readonly name: string,
+    readonly conn: Connection,
+    readonly push: Push,
+  ) {}
 
   // Made once a client: made at every call, these would be most of the loop's garbage.
   startRead = () => {
-    if (this.buffer.length !== this.nextSize) this.buffer = new Uint8Array(this.nextSize);
+    if (this.buffer.length !== this.nextSize) {
+      this.buffer = new Uint8Array(this.nextSize);
+    }
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
   };
-  startWrite = () => void this.conn.write(this.unsent).then(this.onSent, this.onFailed);
-  onReceived = (count: number | null) => this.push({ type: "received", client: this, count });
-  onReplied = (reply: Uint8Array | null) => this.push({ type: "replied", client: this, reply });
+  startWrite = () =>
+    void this.conn.write(this.unsent).then(this.onSent, this.onFailed);
+  onReceived = (count: number | null) =>
+    this.push({ type: "received", client: this, count });
+  onReplied = (reply: Uint8Array | null) =>
+    this.push({ type: "replied", client: this, reply });
   onSent = (count: number) => this.push({ type: "sent", client: this, count });
-  onFailed = (error: unknown) => this.push({ type: "failed", client: this, error });
+  onFailed = (error: unknown) =>
+    this.push({ type: "failed", client: this, error });
 }
 
 /**
  * Makes the reply to what one read has brought, at once or in a promise. An empty one sends nothing, null
  * says goodbye. `bytes` is overwritten when the reply is out: copy what you keep for longer.
  */
-export type Reply = (bytes: Uint8Array) => Uint8Array | null | Promise<Uint8Array | null>;
+export type Reply = (
+  bytes: Uint8Array,
+) => Uint8Array | null | Promise<Uint8Array | null>;
 /** What {@linkcode serve} has done; a message is what one read has brought. */
 export type Totals = { clients: number; messages: number; bytes: number };
 
@@ -92,10 +104,19 @@ export async function serve(
   listeners: Deno.Listener[],
   options: ServeOptions = {},
 ): Promise<Totals> {
-  const { protocol = () => echo, idleTimeout = Infinity, grace = 5000, signal } = options;
+  const {
+    protocol = () => echo,
+    idleTimeout = Infinity,
+    grace = 5000,
+    signal,
+  } = options;
   const { logger = { error: console.error } }: ServeOptions = options;
   for (const [name, value] of Object.entries({ idleTimeout, grace })) {
-    if (!(value >= 0)) throw new RangeError(`${name} is ${value}, expected milliseconds from 0 up`);
+    if (!(value >= 0)) {
+      throw new RangeError(
+        `${name} is ${value}, expected milliseconds from 0 up`,
+      );
+    }
   }
   const selector = new Selector<Completion>();
   const push: Push = (completion) => selector.push(completion);
@@ -115,22 +136,28 @@ export async function serve(
 
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
-      if ("client" in completion && completion.client.state === "closed") continue; // closed meanwhile
+      if ("client" in completion && completion.client.state === "closed") {
+        continue; // closed meanwhile
+      }
       switch (completion.type) {
         case "accepted": // a client has connected: wait for the next one, and for what it says
           startAccept(completion.listener);
           welcome(completion.conn);
           break;
         case "received": // null is the end of the stream
-          if (completion.count === null) disconnect(completion.client, "end of stream");
-          else answer(completion.client, completion.count);
+          if (completion.count === null) {
+            disconnect(completion.client, "end of stream");
+          } else answer(completion.client, completion.count);
           break;
         case "replied": // a transaction is done, at once or after a while; null says goodbye
           if (completion.reply === null) halfClose(completion.client);
           send(completion.client, completion.reply ?? NOTHING);
           break;
         case "sent": // perhaps a part only: the rest is sent in the next round
-          send(completion.client, completion.client.unsent.subarray(completion.count));
+          send(
+            completion.client,
+            completion.client.unsent.subarray(completion.count),
+          );
           break;
         case "failed": // reset, broken pipe, a failed reply: it ends this client alone
           disconnect(completion.client, describe(completion.error));
@@ -149,7 +176,12 @@ export async function serve(
   }
   clearTimeout(timer);
   signal?.removeEventListener("abort", onAbort);
-  log("info", `served ${Object.entries(totals).map(([what, n]) => `${n} ${what}`).join(", ")}`);
+  log(
+    "info",
+    `served ${
+      Object.entries(totals).map(([what, n]) => `${n} ${what}`).join(", ")
+    }`,
+  );
   return totals;
 
   function startAccept(listener: Deno.Listener): void {
@@ -160,7 +192,9 @@ export async function serve(
   }
 
   function welcome(conn: Connection): void {
-    const name = `client ${++totals.clients} (${formatAddress(conn.remoteAddr)})`;
+    const name = `client ${++totals.clients} (${
+      formatAddress(conn.remoteAddr)
+    })`;
     const client = new Client(name, conn, push);
     clients.add(client);
     log("info", `${name} connected`);
@@ -190,8 +224,9 @@ export async function serve(
     try {
       client.reply ??= protocol(client.conn.remoteAddr);
       const reply = client.reply(client.buffer.subarray(0, count));
-      if (reply instanceof Promise) reply.then(client.onReplied, client.onFailed);
-      else client.onReplied(reply);
+      if (reply instanceof Promise) {
+        reply.then(client.onReplied, client.onFailed);
+      } else client.onReplied(reply);
     } catch (error) {
       client.onFailed(error);
     }
@@ -201,7 +236,9 @@ export async function serve(
     client.ticks = 0;
     client.unsent = bytes.length > 0 ? bytes : NOTHING; // an empty part would hold the whole
     if (bytes.length === 0) return readOn(client);
-    if (client.state === "writing") return selector.nextRound(client.startWrite); // the rest
+    if (client.state === "writing") {
+      return selector.nextRound(client.startWrite); // the rest
+    }
     client.state = "writing";
     client.startWrite();
   }
@@ -226,13 +263,16 @@ export async function serve(
   }
 
   function acceptFailed(listener: Deno.Listener, error: unknown): void {
-    const gaveUp = error instanceof NotConnected || error instanceof ConnectionAborted;
+    const gaveUp = error instanceof NotConnected ||
+      error instanceof ConnectionAborted;
     if (gaveUp) return startAccept(listener);
     if (error instanceof BadResource) { // closed by a stop or by somebody else
       listening.delete(listener);
       return log("info", `${formatAddress(listener.addr)} is closed`);
     }
-    if (paused === undefined) log("error", `accepting pauses: ${describe(error)}`);
+    if (paused === undefined) {
+      log("error", `accepting pauses: ${describe(error)}`);
+    }
     paused = (paused ?? new Set()).add(listener);
     startTicking();
   }
@@ -250,7 +290,9 @@ export async function serve(
       }
     }
     if (graceLeft !== undefined && (graceLeft -= TICK) < 0) {
-      for (const client of clients) disconnect(client, "the grace time is over");
+      for (const client of clients) {
+        disconnect(client, "the grace time is over");
+      }
     }
     if (paused?.size === 0) { // since the last tick nobody has failed
       log("error", "accepting again");
@@ -274,17 +316,23 @@ export async function serve(
   function log(level: Level, line: string): void {
     try {
       logger[level]?.(line.replace(/\p{Cc}+/gu, " ")); // what an error quotes must not forge a line
-    } catch { /* a log that cannot be written must not cost a client its connection */ }
+    } catch {
+      /* a log that cannot be written must not cost a client its connection */
+    }
   }
 }
 
 function formatAddress(addr: Deno.Addr): string {
   if (!("hostname" in addr)) return Deno.inspect(addr);
-  return `${addr.hostname.includes(":") ? `[${addr.hostname}]` : addr.hostname}:${addr.port}`;
+  return `${
+    addr.hostname.includes(":") ? `[${addr.hostname}]` : addr.hostname
+  }:${addr.port}`;
 }
 
 function describe(error: unknown): string {
-  return error instanceof Error ? `${error.name}: ${error.message}` : Deno.inspect(error);
+  return error instanceof Error
+    ? `${error.name}: ${error.message}`
+    : Deno.inspect(error);
 }
 
 // ---- The selector
@@ -342,7 +390,9 @@ export class Selector<T> {
    */
   async select(timeout?: number): Promise<T[]> {
     let timeIsUp = false;
-    const timer = timeout === undefined ? timeout : this.after(timeout, () => timeIsUp = true);
+    const timer = timeout === undefined
+      ? timeout
+      : this.after(timeout, () => timeIsUp = true);
     while (this.#completed.length === 0 && !timeIsUp) {
       if (this.#round.length > 0) {
         for (const start of this.#round.splice(0, BATCH)) start();
@@ -379,7 +429,8 @@ export type ListenOptions = { host?: string; port?: number; ports?: number };
  * ```
  */
 export function listen(options: ListenOptions = {}): Deno.TcpListener[] {
-  const { host: hostname = "127.0.0.1", port: first = 50007, ports = 2 } = options;
+  const { host: hostname = "127.0.0.1", port: first = 50007, ports = 2 } =
+    options;
   using opened = new DisposableStack();
   const listeners = Array.from({ length: ports }, (_, i) => {
     const port = first === 0 ? 0 : first + i;
@@ -388,7 +439,9 @@ export function listen(options: ListenOptions = {}): Deno.TcpListener[] {
       return opened.use(Deno.listen({ hostname, port, tcpBacklog: 4096 }));
     } catch (cause) {
       const address = formatAddress({ transport: "tcp", hostname, port });
-      throw new Error(`cannot listen on ${address}: ${describe(cause)}`, { cause });
+      throw new Error(`cannot listen on ${address}: ${describe(cause)}`, {
+        cause,
+      });
     }
   });
   opened.move(); // all are open: keep them so
@@ -448,27 +501,48 @@ function parseCommandLine() {
     unknown: refuse,
   });
   args._.forEach(refuse); // what comes after --
-  if (args.host === "") throw new RangeError("--host: expected an address or a name");
-  const number = (option: string, text: string | undefined, least: number, most: number) => {
+  if (args.host === "") {
+    throw new RangeError("--host: expected an address or a name");
+  }
+  const number = (
+    option: string,
+    text: string | undefined,
+    least: number,
+    most: number,
+  ) => {
     if (text === undefined) return undefined;
-    if (/^\d+$/.test(text) && Number(text) >= least && Number(text) <= most) return Number(text);
-    throw new RangeError(`${option} ${text}: expected a whole number from ${least} to ${most}`);
+    if (/^\d+$/.test(text) && Number(text) >= least && Number(text) <= most) {
+      return Number(text);
+    }
+    throw new RangeError(
+      `${option} ${text}: expected a whole number from ${least} to ${most}`,
+    );
   };
   const port = number("--port", args.port, 0, 65535) ?? 50007;
   const ports = number("--ports", args.ports, 1, 65536 - port);
-  const seconds = number("--idle-timeout", args["idle-timeout"], 1, 1e6) ?? Infinity;
+  const seconds = number("--idle-timeout", args["idle-timeout"], 1, 1e6) ??
+    Infinity;
   const ms = number("--delay", args.delay, 0, 2 ** 31 - 1);
   return { ...args, port, ports, idleTimeout: 1000 * seconds, ms };
 }
 
 async function main(): Promise<void> {
-  const { ms, idleTimeout, help, quiet, verbose, stamp: stamped, ...where } = parseCommandLine();
+  const { ms, idleTimeout, help, quiet, verbose, stamp: stamped, ...where } =
+    parseCommandLine();
   if (help) return console.log(HELP);
   const listeners = listen(where);
   const stop = new AbortController();
   const { signal } = stop;
-  for (const name of ["SIGINT", Deno.build.os === "windows" ? "SIGBREAK" : "SIGTERM"] as const) {
-    Deno.addSignalListener(name, () => signal.aborted ? Deno.exit(1) : stop.abort());
+  for (
+    const name of [
+      "SIGINT",
+      Deno.build.os === "windows" ? "SIGBREAK" : "SIGTERM",
+    ] as const
+  ) {
+    Deno.addSignalListener(
+      name,
+      () => signal.aborted ? Deno.exit(1) : stop.abort(),
+    );
   }
   const { error, info } = console;
   const logger = quiet ? { error } : verbose ? console : { error, info };
@@ -483,7 +557,9 @@ async function main(): Promise<void> {
 
 if (import.meta.main) {
   await main().catch((error) => {
-    console.error(`select_server: ${error instanceof Error ? error.message : error}`);
+    console.error(
+      `select_server: ${error instanceof Error ? error.message : error}`,
+    );
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   });
   Deno.exit(); // in Deno 2.8, what was pending when a connection was closed keeps the process

@@ -5,27 +5,49 @@ import nodeAssert from "node:assert/strict";
 
 type ErrorClass<E extends Error> = new (...args: never[]) => E;
 
-export function assert(condition: unknown, message = "expected a truthy value"): asserts condition {
+export function assert(
+  condition: unknown,
+  message = "expected a truthy value",
+): asserts condition {
   nodeAssert.ok(condition, message);
 }
 
-export function assertEquals<T>(actual: T, expected: T, message?: string): void {
+export function assertEquals<T>(
+  actual: T,
+  expected: T,
+  message?: string,
+): void {
   nodeAssert.deepStrictEqual(actual, expected, message);
 }
 
-export function assertMatch(actual: string, expected: RegExp, message?: string): void {
+export function assertMatch(
+  actual: string,
+  expected: RegExp,
+  message?: string,
+): void {
   nodeAssert.match(actual, expected, message);
 }
 
-export function assertStringIncludes(actual: string, expected: string, message?: string): void {
+export function assertStringIncludes(
+  actual: string,
+  expected: string,
+  message?: string,
+): void {
   nodeAssert.ok(
     actual.includes(expected),
     message ?? `expected "${actual}" to include "${expected}"`,
   );
 }
 
-function check<E extends Error>(error: unknown, errorClass: ErrorClass<E>, includes: string): E {
-  nodeAssert.ok(error instanceof errorClass, `expected ${errorClass.name}, got ${error}`);
+function check<E extends Error>(
+  error: unknown,
+  errorClass: ErrorClass<E>,
+  includes: string,
+): E {
+  nodeAssert.ok(
+    error instanceof errorClass,
+    `expected ${errorClass.name}, got ${error}`,
+  );
   nodeAssert.ok(
     error.message.includes(includes),
     `expected "${error.message}" to include "${includes}"`,

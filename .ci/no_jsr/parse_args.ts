@@ -16,7 +16,11 @@ type Parsed<S extends string, B extends string> =
   & { [K in S]?: string }
   & { [K in B]: boolean };
 
-export function parseArgs<S extends string, B extends string, N extends string = never>(
+export function parseArgs<
+  S extends string,
+  B extends string,
+  N extends string = never,
+>(
   args: string[],
   options: ParseOptions<S, B, N>,
 ): Parsed<S, B> {

@@ -1,5 +1,9 @@
 /**
- * What the selector, the server and the client promise; ignored where a permission for it is missing.
+ * What the selector, the server and the client promise.
+ *
+ * Plain `deno test` needs no permission: it runs the server on a network in
+ * memory, in a time of its own. Where sockets are allowed, the same tests run
+ * over sockets, too. A test that is ignored says which permission it needs.
  */
 import {
   assert,
@@ -20,27 +24,44 @@ import {
   stamp,
 } from "./select_server.ts";
 
-const granted = async (name: "net" | "run" | "read") =>
-  (await Deno.permissions.query({ name })).state === "granted";
-const net = await granted("net");
-const run = net && await granted("run");
-const readme = await granted("read")
+// ---- What may be used, and tests that end
+
+const granted = async (permission: Deno.PermissionDescriptor) =>
+  (await Deno.permissions.query(permission)).state === "granted";
+const hosts = ["127.0.0.1", "localhost", "[::1]"];
+const hostsGranted = hosts.map((host) => granted({ name: "net", host }));
+const net = (await Promise.all(hostsGranted)).every((yes) => yes);
+const anyNet = await granted({ name: "net" });
+const run = anyNet && await granted({ name: "run" });
+const readme = await granted({ name: "read" })
   ? await Deno.readTextFile(new URL(import.meta.resolve("./README.md")))
   : "";
 const withReadme = run && readme !== "";
-const canReset = "resetAndDestroy" in Socket.prototype; // from Deno 2.7 on
+const canReset = net && "resetAndDestroy" in Socket.prototype; // Deno 2.7 on
 const posix = Deno.build.os !== "windows";
 
-/** A test that leaves nothing behind: the sanitizers are not on by default everywhere. */
-function promise(
-  needed: boolean,
+/** What a test needs, as its name says it, and whether that is there. */
+const needs = {
+  nothing: ["", true],
+  net: [" (needs --allow-net)", net],
+  anyNet: [" (needs --allow-net for every host)", anyNet],
+  reset: [" (needs --allow-net, Deno 2.7)", canReset],
+  run: [" (needs --allow-net --allow-run)", run],
+  signals: [" (needs --allow-net --allow-run, no Windows)", run && posix],
+  readme: [" (needs --allow-net --allow-run --allow-read)", withReadme],
+} as const;
+
+/** A test that leaves nothing behind: Deno 2.8 does not check that itself. */
+function test(
+  needed: keyof typeof needs,
   name: string,
   fn: () => void | Promise<void>,
 ): void {
+  const [words, available] = needs[needed];
   Deno.test({
-    name,
+    name: name + words,
     fn,
-    ignore: !needed,
+    ignore: !available,
     sanitizeOps: true,
     sanitizeResources: true,
   });
@@ -54,6 +75,24 @@ const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));
 const blockFor = (ms: number) => {
   for (const end = performance.now() + ms; performance.now() < end;);
 };
+
+/** Waits for so long, then fails: what was waited for, and what was seen. */
+async function within<T>(
+  promise: Promise<T>,
+  what: string,
+  seen = () => "nothing",
+  ms = 10_000,
+): Promise<T> {
+  const late = Promise.withResolvers<never>();
+  const timer = setTimeout(() => {
+    late.reject(new Error(`${ms} ms are over: no ${what}; saw ${seen()}`));
+  }, ms);
+  try {
+    return await Promise.race([promise, late.promise]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
 
 /** Lines that can be waited for. */
 class Log {
@@ -76,19 +115,485 @@ class Log {
     this.#waiting.push({ pattern, resolve });
     const line = this.lines.find((line) => pattern.test(line));
     if (line !== undefined) resolve(line);
-    return promise;
+    return within(promise, `line like ${pattern}`, () => this.toString());
   }
 
   count(pattern: RegExp): number {
     return this.lines.filter((line) => pattern.test(line)).length;
   }
+
+  toString(): string {
+    return this.lines.map((line) => `\n  ${line}`).join("");
+  }
 }
+
+// ---- A network in memory
+
+const { BadResource, BrokenPipe, ConnectionRefused, ConnectionReset } =
+  Deno.errors;
+const { ConnectionAborted, Interrupted, NotConnected } = Deno.errors;
+
+/** Something that changes, and can be waited for. */
+class Watched {
+  #waiting: (() => void)[] = [];
+
+  changed(): void {
+    for (const lookAgain of this.#waiting.splice(0)) lookAgain();
+  }
+
+  /** Resolves when it is so. Like an operation of a socket, never at once. */
+  async until(isSo: () => boolean): Promise<void> {
+    await turn();
+    while (!isSo()) {
+      await new Promise<void>((resolve) => void this.#waiting.push(resolve));
+    }
+  }
+}
+
+/** One direction of a connection: bytes on their way, as many as fit. */
+class Pipe extends Watched {
+  length = 0;
+  ended = false; // no more bytes come: the writer has said so
+  broken = false; // the reader is gone, or the connection is reset
+
+  constructor(readonly bytes: Uint8Array) {
+    super();
+  }
+}
+
+/** One end of a connection of two pipes. It rejects what Deno's rejects. */
+class MemoryConn implements Deno.Conn<Deno.NetAddr> {
+  closed = false;
+
+  constructor(
+    readonly localAddr: Deno.NetAddr,
+    readonly remoteAddr: Deno.NetAddr,
+    readonly incoming: Pipe,
+    readonly outgoing: Pipe,
+    readonly pieces: (most: number) => number, // how much one operation takes
+  ) {}
+
+  async read(buffer: Uint8Array): Promise<number | null> {
+    this.#refuseIfClosed();
+    const { bytes } = this.incoming;
+    const pipe = this.incoming;
+    await pipe.until(() => this.closed || pipe.broken || this.#canRead());
+    if (this.closed) throw new Interrupted("operation canceled");
+    if (pipe.broken) throw new ConnectionReset("Connection reset by peer");
+    if (pipe.length === 0) return null;
+    const count = this.pieces(Math.min(buffer.length, pipe.length));
+    buffer.set(bytes.subarray(0, count));
+    bytes.copyWithin(0, count, pipe.length);
+    pipe.length -= count;
+    pipe.changed(); // there is room again
+    return count;
+  }
+
+  async write(data: Uint8Array): Promise<number> {
+    this.#refuseIfClosed();
+    const pipe = this.outgoing;
+    await pipe.until(() => this.closed || pipe.broken || this.#canWrite());
+    if (this.closed) throw new Interrupted("operation canceled");
+    if (pipe.broken || pipe.ended) throw new BrokenPipe("Broken pipe");
+    const room = pipe.bytes.length - pipe.length;
+    const count = this.pieces(Math.min(data.length, room));
+    pipe.bytes.set(data.subarray(0, count), pipe.length);
+    pipe.length += count;
+    pipe.changed();
+    return count;
+  }
+
+  async closeWrite(): Promise<void> {
+    this.#refuseIfClosed();
+    this.outgoing.ended = true;
+    this.outgoing.changed();
+    await turn();
+  }
+
+  /** A close with bytes unread resets (RFC 1122, 4.2.2.13); else it ends. */
+  close(): void {
+    this.#refuseIfClosed();
+    this.closed = true;
+    if (this.incoming.length > 0) return this.reset();
+    this.outgoing.ended = true;
+    this.incoming.broken = true; // what the other side writes now reaches nobody
+    this.outgoing.changed();
+    this.incoming.changed();
+  }
+
+  /** Both sides lose what is on its way. */
+  reset(): void {
+    this.closed = true;
+    for (const pipe of [this.incoming, this.outgoing]) {
+      pipe.length = 0;
+      pipe.broken = true;
+      pipe.changed();
+    }
+  }
+
+  [Symbol.dispose](): void {
+    if (!this.closed) this.close();
+  }
+
+  get readable(): ReadableStream<Uint8Array<ArrayBuffer>> {
+    return ReadableStream.from(chunksOf(this));
+  }
+
+  get writable(): WritableStream<Uint8Array<ArrayBufferLike>> {
+    return new WritableStream({
+      write: (bytes) => writeAll(this, bytes),
+      close: () => this.close(),
+    });
+  }
+
+  ref(): void {} // nothing here keeps a process alive
+  unref(): void {}
+
+  #canRead = () => this.incoming.length > 0 || this.incoming.ended;
+  #canWrite = () => {
+    const { ended, length, bytes } = this.outgoing;
+    return ended || length < bytes.length;
+  };
+
+  #refuseIfClosed(): void {
+    if (this.closed) throw new BadResource("Bad resource ID");
+  }
+}
+
+async function* chunksOf(conn: Deno.Conn) {
+  const buffer = new Uint8Array(64 * 1024);
+  for (let n; (n = await conn.read(buffer)) !== null;) yield buffer.slice(0, n);
+  conn.close();
+}
+
+async function writeAll(conn: Deno.Conn, bytes: Uint8Array): Promise<void> {
+  for (let n = 0; n < bytes.length;) n += await conn.write(bytes.subarray(n));
+}
+
+/** Takes connections from a queue, its backlog. */
+class MemoryListener extends Watched
+  implements Deno.Listener<MemoryConn, Deno.NetAddr> {
+  readonly backlog: MemoryConn[] = [];
+  readonly errors: Error[] = []; // what accept fails with first
+  closed = false;
+
+  constructor(readonly addr: Deno.NetAddr) {
+    super();
+  }
+
+  async accept(): Promise<MemoryConn> {
+    const { backlog, errors } = this;
+    await this.until(() => this.closed || backlog.length + errors.length > 0);
+    if (this.closed) throw new BadResource("Listener has been closed");
+    const error = errors.shift();
+    if (error !== undefined) throw error;
+    const conn = backlog.shift();
+    this.changed(); // there is room again
+    // The runtime asks for the address of the other side, which may be gone.
+    if (conn === undefined || conn.incoming.broken) {
+      conn?.reset();
+      throw new NotConnected("Transport endpoint is not connected");
+    }
+    return conn;
+  }
+
+  close(): void {
+    if (this.closed) throw new BadResource("Bad resource ID");
+    this.closed = true;
+    for (const conn of this.backlog) conn.reset();
+    this.changed();
+  }
+
+  async *[Symbol.asyncIterator]() {
+    while (!this.closed) yield await this.accept();
+  }
+
+  [Symbol.dispose](): void {
+    if (!this.closed) this.close();
+  }
+
+  ref(): void {} // nothing here keeps a process alive
+  unref(): void {}
+}
+
+/** Listeners by their ports, and every connection that there has been. */
+class MemoryNetwork {
+  readonly listeners: MemoryListener[] = [];
+  readonly conns: MemoryConn[] = [];
+
+  constructor(
+    readonly capacity = 64 * 1024, // bytes that a pipe holds
+    readonly pieces = (most: number) => most,
+    readonly backlog = 128,
+  ) {}
+
+  listen(ports: number): MemoryListener[] {
+    return Array.from({ length: ports }, () => {
+      const listener = new MemoryListener(at(1 + this.listeners.length));
+      this.listeners.push(listener);
+      return listener;
+    });
+  }
+
+  async connect(port: number, from = 50_000 + this.conns.length) {
+    const listener = this.listeners.find(({ addr }) => addr.port === port);
+    const queued = listener?.backlog ?? [];
+    await listener?.until(() =>
+      listener.closed || queued.length < this.backlog
+    );
+    if (listener === undefined || listener.closed) {
+      throw new ConnectionRefused("Connection refused");
+    }
+    const [there, back] = [0, 1].map(() =>
+      new Pipe(new Uint8Array(this.capacity))
+    );
+    assert(there !== undefined && back !== undefined);
+    const client = new MemoryConn(at(from), at(port), back, there, this.pieces);
+    const server = new MemoryConn(at(port), at(from), there, back, this.pieces);
+    this.conns.push(client, server);
+    listener.backlog.push(server);
+    listener.changed();
+    return client;
+  }
+}
+
+const at = (port: number): Deno.NetAddr => ({
+  transport: "tcp",
+  hostname: "127.0.0.1",
+  port,
+});
+
+/** The time in ms, and a way to keep the loop from running for a while. */
+type Time = { now: () => number; block: (ms: number) => void };
+
+/**
+ * Runs a function in virtual time, which passes with the turns of the event
+ * loop. So a minute takes a moment, and is the same each time it is run.
+ */
+async function inVirtualTime(
+  fn: (time: Time) => Promise<void>,
+  msPerTurn = 0.1,
+): Promise<void> {
+  const limit = 120_000; // ms
+  const { setTimeout, clearTimeout } = globalThis;
+  const timers = new Map<number, { due: number; call: () => void }>();
+  let [now, nextDue, id, ended] = [0, Infinity, 0, false];
+  Object.assign(globalThis, {
+    setTimeout(call: () => void, ms = 0) {
+      timers.set(++id, { due: now + ms, call });
+      nextDue = Math.min(nextDue, now + ms);
+      return id;
+    },
+    clearTimeout: (id: number) => timers.delete(id),
+  });
+  try {
+    const time = { now: () => now, block: (ms: number) => void (now += ms) };
+    const running = fn(time).finally(() => ended = true);
+    running.catch(() => {}); // it is awaited below
+    for (; !ended; now += msPerTurn) {
+      if (now > limit) throw new Error(`it hangs: ${limit} ms are over`);
+      await turn();
+      while (nextDue <= now) {
+        const inOrder = [...timers].sort(([, a], [, b]) => a.due - b.due);
+        const [[first, timer] = []] = inOrder;
+        nextDue = timer?.due ?? Infinity;
+        if (first === undefined || nextDue > now) break;
+        timers.delete(first);
+        timer?.call();
+      }
+    }
+    await running;
+  } finally {
+    Object.assign(globalThis, { setTimeout, clearTimeout });
+  }
+}
+
+// ---- What a test says and hears
+
+const tooMuch = new Uint8Array(50_000_000); // for sockets to hold
+const never = () => new Promise<never>(() => {});
+const throwing = (error: Error) => (): never => {
+  throw error;
+};
+
+/** The only element of a list of one. */
+function only<T>([first, ...rest]: T[]): T {
+  assert(first !== undefined && rest.length === 0);
+  return first;
+}
+
+/** What one read brings, as text; "" at the end of the stream. */
+async function hear(conn: Deno.Conn): Promise<string> {
+  const buffer = new Uint8Array(1000);
+  const count = await within(conn.read(buffer), "bytes to read");
+  return decode(buffer.subarray(0, count ?? 0));
+}
+
+async function ask(conn: Deno.Conn, text: string): Promise<string> {
+  await writeAll(conn, encode(text));
+  return hear(conn);
+}
+
+/** Reads to the end of the stream, and closes the connection. */
+async function readAll(conn: Deno.Conn): Promise<Uint8Array> {
+  const all = new Response(conn.readable).arrayBuffer();
+  return new Uint8Array(await within(all, "end of the stream"));
+}
+
+// ---- One body for both networks
+
+/** What a test uses of a network, in memory or over sockets. */
+interface Network extends Time {
+  listen(ports: number): Deno.Listener<Deno.Conn, Deno.NetAddr>[];
+  connect(port: number): Promise<Deno.Conn>;
+  /** Connects, sends, and resets: at once or when `until` has resolved. */
+  reset(port: number, text?: string, until?: Promise<unknown>): Promise<void>;
+}
+
+const sockets: Network = {
+  now: () => performance.now(),
+  block: blockFor,
+  listen: (ports) => listen({ port: 0, ports }),
+  connect: (port) => Deno.connect({ hostname: "127.0.0.1", port }),
+  async reset(port, text = "", until) {
+    const socket = connectNode(port, "127.0.0.1");
+    await once(socket, "connect");
+    if (text !== "") socket.write(text);
+    await until;
+    await once(socket.resetAndDestroy(), "close"); // SO_LINGER 0
+  },
+};
+
+function inMemory(time: Time): Network {
+  const network = new MemoryNetwork();
+  return {
+    ...time,
+    listen: (ports) => network.listen(ports),
+    connect: (port) => network.connect(port),
+    async reset(port, text = "", until) {
+      const conn = await network.connect(port);
+      if (text !== "") await conn.write(encode(text));
+      await until;
+      conn.reset();
+    },
+  };
+}
+
+/** The same test in memory, which needs no permission, and over sockets. */
+function testOnBoth(
+  name: string,
+  fn: (network: Network) => Promise<void>,
+  needed: "net" | "reset" = "net",
+): void {
+  test(
+    "nothing",
+    `${name}, in memory`,
+    () => inVirtualTime((time) => fn(inMemory(time))),
+  );
+  test(needed, `${name}, over sockets`, () => fn(sockets));
+}
+
+testOnBoth(
+  "a network: bytes arrive in order, then the end",
+  async (network) => {
+    using listener = only(network.listen(1));
+    using client = await network.connect(listener.addr.port);
+    using conn = await listener.accept();
+    assertEquals(conn.remoteAddr, client.localAddr);
+    await writeAll(client, encode("ham"));
+    await writeAll(client, encode("spam"));
+    await client.closeWrite();
+    let heard = "";
+    for (let text; (text = await hear(conn)) !== "";) heard += text;
+    assertEquals(heard, "hamspam");
+    await conn.write(encode("eggs")); // the other direction is open still
+    assertEquals(await hear(client), "eggs");
+    await assertRejects(() => client.write(encode("x")), BrokenPipe);
+  },
+);
+
+testOnBoth("a network: a write waits until there is room", async (network) => {
+  using listener = only(network.listen(1));
+  using client = await network.connect(listener.addr.port);
+  const conn = await listener.accept();
+  let written = 0;
+  const writing = (async () => {
+    while (written < tooMuch.length) {
+      written += await client.write(tooMuch.subarray(written));
+    }
+    await client.closeWrite();
+  })();
+  for (let before = -1; before < written;) {
+    before = written;
+    await sleep(50);
+  }
+  assert(written < tooMuch.length);
+  assertEquals((await readAll(conn)).length, tooMuch.length);
+  await writing;
+});
+
+testOnBoth("a network: what is closed rejects", async (network) => {
+  const listener = only(network.listen(1));
+  const { port } = listener.addr;
+  const client = await network.connect(port);
+  const conn = await listener.accept();
+  const reading = conn.read(new Uint8Array(1));
+  const accepting = listener.accept();
+  const rejected = Promise.all([
+    assertRejects(() => reading, Interrupted),
+    assertRejects(() => accepting, BadResource),
+  ]);
+  await sleep(10);
+  conn.close();
+  listener.close();
+  await rejected;
+  await assertRejects(() => conn.read(new Uint8Array(1)), BadResource);
+  await assertRejects(() => conn.write(new Uint8Array(1)), BadResource);
+  await assertRejects(() => conn.closeWrite(), BadResource);
+  await assertRejects(() => listener.accept(), BadResource);
+  assertThrows(() => conn.close(), BadResource);
+  assertThrows(() => listener.close(), BadResource);
+  await assertRejects(() => network.connect(port), ConnectionRefused);
+  assertEquals(await hear(client), "");
+  await assertRejects(async () => {
+    while (true) { // the first may go out before a socket is told
+      await client.write(encode("x"));
+      await sleep(10);
+    }
+  }, BrokenPipe);
+  client.close();
+});
+
+testOnBoth(
+  "a network: a close with bytes unread resets, and so does a reset",
+  async (network) => {
+    using listener = only(network.listen(1));
+    const { port } = listener.addr;
+    using client = await network.connect(port);
+    const conn = await listener.accept();
+    await client.write(encode("unread"));
+    await sleep(10);
+    conn.close();
+    await sleep(10);
+    await assertRejects(() => client.write(encode("x")), BrokenPipe);
+
+    const asked = Promise.withResolvers<void>();
+    const resetting = network.reset(port, "text", asked.promise);
+    using other = await listener.accept();
+    assertEquals(await hear(other), "text");
+    asked.resolve();
+    await resetting;
+    await assertRejects(() => other.read(new Uint8Array(1)), ConnectionReset);
+    await assertRejects(() => other.write(encode("x")), BrokenPipe);
+  },
+  "reset",
+);
 
 // ---- The selector
 
-promise(
-  true,
-  "select hands out all that has completed, in that order, each once",
+test(
+  "nothing",
+  "Selector: select hands out all that has completed, in order, each once",
   async () => {
     const selector = new Selector<number>();
     setTimeout(() => [1, 2, 3].forEach((n) => selector.push(n)));
@@ -98,18 +603,15 @@ promise(
   },
 );
 
-promise(
-  true,
-  "select resolves to an empty list when its time is up",
+test(
+  "nothing",
+  "Selector: select resolves to an empty list when its time is up",
   async () => {
     const selector = new Selector<string>();
     for (const timeout of [0, 30]) {
       const start = performance.now();
       assertEquals(await selector.select(timeout), []);
-      assert(
-        performance.now() - start >= timeout - 1,
-        "it waits for as long as it was told",
-      );
+      assert(performance.now() - start >= timeout - 1, "not before its time");
     }
     selector.push("late");
     assertEquals(await selector.select(0), ["late"]);
@@ -118,25 +620,25 @@ promise(
   },
 );
 
-promise(
-  net,
-  "select polls for what the runtime has ready to deliver",
-  async () => {
-    using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-    using client = await Deno.connect({ port: listener.addr.port });
+testOnBoth(
+  "Selector: select polls for what is ready to be delivered",
+  async (network) => {
+    using listener = only(network.listen(1));
+    using client = await network.connect(listener.addr.port);
     using conn = await listener.accept();
     const selector = new Selector<number | null>();
+    const buffer = new Uint8Array(8);
     selector.nextRound(() =>
-      void conn.read(new Uint8Array(8)).then((n) => selector.push(n))
+      void conn.read(buffer).then((n) => selector.push(n))
     );
     await client.write(encode("hello"));
     assertEquals(await selector.select(0), [5]);
   },
 );
 
-promise(
-  true,
-  "the next round starts when all that is ready has been handed out",
+test(
+  "nothing",
+  "Selector: the next round starts when all that is ready has been handed out",
   async () => {
     const selector = new Selector<string>();
     selector.nextRound(() => selector.push("next"));
@@ -153,11 +655,12 @@ promise(
 );
 
 /**
- * A runtime that completes 128 operations a turn and looks at those it has put off every 61 turns, as
- * Deno's does; every operation is ready as soon as it has been started.
+ * A runtime that completes 128 operations a turn and looks at those it has put
+ * off every 61 turns, as Deno's does. Every operation is ready at once.
  */
 function busyRuntime() {
-  const [ready, putOff]: (() => void)[][] = [[], []];
+  const ready: (() => void)[] = [];
+  const putOff: (() => void)[] = [];
   let turns = 0;
   const run = () => {
     if (++turns % 61 === 0) ready.push(...putOff.splice(0));
@@ -170,7 +673,7 @@ function busyRuntime() {
   return { start, [Symbol.dispose]: () => clearImmediate(timer) };
 }
 
-/** The fewest and the most times that one of 1,000 clients is served, all of whom are ready at first. */
+/** Serves 1,000 clients that are always ready; the fewest and most times. */
 async function serveCrowd(inRounds: boolean): Promise<[number, number]> {
   using runtime = busyRuntime();
   const selector = new Selector<number>();
@@ -180,7 +683,7 @@ async function serveCrowd(inRounds: boolean): Promise<[number, number]> {
   for (let total = 0; total < 20 * served.length;) {
     for (const id of await selector.select()) {
       total++;
-      served[id]++;
+      served[id] = (served[id] ?? 0) + 1;
       if (inRounds) selector.nextRound(() => start(id));
       else start(id);
     }
@@ -188,23 +691,23 @@ async function serveCrowd(inRounds: boolean): Promise<[number, number]> {
   return [Math.min(...served), Math.max(...served)];
 }
 
-promise(
-  true,
-  "a crowd that is always ready again delays nobody beyond one round",
+test(
+  "nothing",
+  "Selector: in rounds, a crowd that is always ready is served alike",
   async () => {
     const [fewest, most] = await serveCrowd(true);
     assert(most - fewest <= 1, `${fewest} to ${most}`);
     assertEquals(
       (await serveCrowd(false))[0],
       0,
-      "without rounds, somebody starves",
+      "without rounds, one starves",
     );
   },
 );
 
-promise(
-  true,
-  "time goes on while completions never cease, and comes after them",
+test(
+  "nothing",
+  "Selector: time goes on while completions never cease, and comes after them",
   async () => {
     const selector = new Selector<string>();
     const always = () => selector.nextRound(() => selector.push("again"));
@@ -217,7 +720,7 @@ promise(
         if (completion === "again") always();
         else heard.push(completion);
         if (completion !== "time") continue;
-        blockFor(40); // beyond "late"; meanwhile somebody becomes ready, whom the runtime puts off
+        blockFor(40); // beyond "late"; and the runtime puts something off
         (async () => {
           for (let i = 0; i < 60; i++) await turn();
           selector.push("put off");
@@ -232,100 +735,83 @@ promise(
 
 /** A server on ports that the system chooses, until the test's block ends. */
 function start(
+  network: Network,
   options: Omit<ServeOptions, "signal"> = {},
-  listeners = listen({ port: 0 }),
+  listeners = network.listen(1),
 ) {
   const log = new Log();
   const abort = new AbortController();
-  const ended = serve(listeners, {
-    logger: log,
-    ...options,
-    signal: abort.signal,
-  });
+  const { signal } = abort;
+  const serving = serve(listeners, { logger: log, ...options, signal });
+  const ended = () => within(serving, "end of serve", () => log.toString());
   const stop = () => {
     abort.abort();
-    return ended;
+    return ended();
   };
-  const ports = listeners.map((listener) => listener.addr.port);
-  const dispose = async () => void await stop();
   return {
     log,
     ended,
     stop,
-    ports,
-    port: ports[0],
-    [Symbol.asyncDispose]: dispose,
+    port: (nth = 0) => listeners[nth]?.addr.port ?? 0,
+    connect: (nth = 0) => network.connect(listeners[nth]?.addr.port ?? 0),
+    reset: (text?: string, until?: Promise<unknown>) =>
+      network.reset(listeners[0]?.addr.port ?? 0, text, until),
+    [Symbol.asyncDispose]: async () => void await stop(),
   };
 }
-
-const tooMuch = new Uint8Array(50_000_000); // for sockets to hold
-const never = () => new Promise<never>(() => {});
-const throwing = (error: Error) => (): never => {
-  throw error;
-};
-const connect = (port: number) => Deno.connect({ hostname: "127.0.0.1", port });
-
-async function hear(conn: Deno.Conn): Promise<string> {
-  const buffer = new Uint8Array(1000);
-  return decode(buffer.subarray(0, await conn.read(buffer) ?? 0));
-}
-
-async function ask(conn: Deno.Conn, text: string): Promise<string> {
-  await conn.write(encode(text));
-  return hear(conn);
-}
+type Server = ReturnType<typeof start>;
 
 /** Connects and sends a text, which the server has read then. */
-async function say(
-  server: ReturnType<typeof start>,
-  text: string,
-): Promise<Deno.TcpConn> {
-  const conn = await connect(server.port);
+async function say(server: Server, text: string): Promise<Deno.Conn> {
+  const conn = await server.connect();
   await conn.write(encode(text));
   await server.log.line(new RegExp(`sent ${text.length} bytes`));
   return conn;
 }
 
-/** Reads to the end of the stream, which also closes the connection. */
-async function readAll(conn: Deno.Conn): Promise<Uint8Array> {
-  return new Uint8Array(await new Response(conn.readable).arrayBuffer());
-}
-
 async function assertEchoed(
-  port: number,
+  server: Pick<Server, "connect">,
   text = "are you there?",
 ): Promise<void> {
-  const conn = await connect(port);
-  await conn.write(encode(text));
+  const conn = await server.connect();
+  await writeAll(conn, encode(text));
   await conn.closeWrite();
   assertEquals(decode(await readAll(conn)), text);
 }
 
-/** A server of one port that is given each accepted connection changed by `change`. */
-function startChanged(change: (conn: Deno.TcpConn) => void) {
-  const [listener] = listen({ port: 0, ports: 1 });
+/** A listener whose accept does something else with what it accepts. */
+function changed<T extends Deno.Conn>(
+  listener: Deno.Listener<T, Deno.NetAddr>,
+  change: (accept: () => Promise<T>) => Promise<T>,
+): Deno.Listener<T, Deno.NetAddr> {
   const accept = listener.accept.bind(listener);
-  listener.accept = async () => {
+  listener.accept = () => change(accept);
+  return listener;
+}
+
+/** A server of one port that is given each connection changed by `change`. */
+function startChanged(network: Network, change: (conn: Deno.Conn) => void) {
+  const listener = changed(only(network.listen(1)), async (accept) => {
     const conn = await accept();
     change(conn);
     return conn;
-  };
-  return start({}, [listener]);
+  });
+  return start(network, {}, [listener]);
 }
 
-promise(
-  net,
-  "one loop serves hundreds of clients on both ports, and counts them",
-  async () => {
-    await using server = start();
+testOnBoth(
+  "serve: one loop serves hundreds of clients on two ports, and counts them",
+  async (network) => {
+    await using server = start(network, {}, network.listen(2));
     const clients = await Promise.all(
-      Array.from({ length: 300 }, (_, i) => connect(server.ports[i % 2])),
+      Array.from({ length: 300 }, (_, i) => server.connect(i % 2)),
     );
     for (const text of ["one", "two"]) {
-      const echoes = await Promise.all(
-        clients.map((conn, i) => ask(conn, `${text} ${i}`)),
+      const asked = clients.map((conn, i) => ask(conn, `${text} ${i}`));
+      assertEquals(
+        await Promise.all(asked),
+        clients.map((_, i) => `${text} ${i}`),
       );
-      assertEquals(echoes, clients.map((_, i) => `${text} ${i}`));
     }
     for (const conn of clients) conn.close();
     const bytes = 2 * "one ".length * 300 + 2 * (10 + 2 * 90 + 3 * 200);
@@ -333,59 +819,50 @@ promise(
   },
 );
 
-promise(
-  net,
-  "a client that half-closes gets all its echoes, then the end",
-  async () => {
-    await using server = start();
-    await assertEchoed(server.port, "x".repeat(100_000));
+testOnBoth(
+  "serve: a client that half-closes gets all its echoes, then the end",
+  async (network) => {
+    await using server = start(network);
+    await assertEchoed(server, "x".repeat(100_000));
     await server.log.line(
       /^info client 1 \(127\.0\.0\.1:\d+\) disconnected .*end of stream$/,
     );
   },
 );
 
-promise(
-  net,
-  "a reply is written to its end, though every write takes one byte",
-  async () => {
-    await using server = startChanged((conn) => {
+testOnBoth(
+  "serve: a reply is written to its end, though every write takes one byte",
+  async (network) => {
+    await using server = startChanged(network, (conn) => {
       const write = conn.write.bind(conn);
       conn.write = (bytes) => write(bytes.subarray(0, 1));
     });
-    await assertEchoed(server.port, "in parts");
+    await assertEchoed(server, "in parts");
   },
 );
 
-promise(
-  net,
-  "20 MB come back the same, to a reader that is slow to begin",
-  async () => {
-    await using server = start();
-    const conn = await connect(server.port);
+testOnBoth(
+  "serve: 20 MB come back the same, to a reader that is slow to begin",
+  async (network) => {
+    await using server = start(network);
+    const conn = await server.connect();
     const sent = new Uint8Array(20_000_000).map((_, i) =>
       i ^ (i >> 8) ^ (i >> 16)
     );
-    const writing = (async () => {
-      for (let n = 0; n < sent.length;) n += await conn.write(sent.subarray(n));
-      await conn.closeWrite();
-    })();
+    const writing = writeAll(conn, sent).then(() => conn.closeWrite());
     await sleep(100);
     const received = await readAll(conn);
     await writing;
-    assert(
-      received.length === sent.length &&
-        received.every((byte, i) => byte === sent[i]),
-    );
+    assert(received.length === sent.length);
+    assert(received.every((byte, i) => byte === sent[i]));
   },
 );
 
-promise(
-  net,
-  "a client that never reads is held back, and nobody else is held up",
-  async () => {
-    await using server = start({ grace: 0 });
-    const rude = await connect(server.port);
+testOnBoth(
+  "serve: a client that never reads is held back, and no other is held up",
+  async (network) => {
+    await using server = start(network, { grace: 0 });
+    const rude = await server.connect();
     const block = new Uint8Array(1 << 20);
     let written = 0;
     const writing = (async () => {
@@ -394,39 +871,37 @@ promise(
     for (let before = -1; before < written;) {
       before = written;
       await sleep(50);
-      await assertEchoed(server.port);
+      await assertEchoed(server);
     }
     assert(written < tooMuch.length, "back-pressure");
     await server.stop();
-    await Promise.allSettled([readAll(rude), writing]); // until the reset of a close with bytes unread
+    // A close with bytes unread resets.
+    await Promise.allSettled([readAll(rude), writing]);
   },
 );
 
-promise(
-  net,
-  "a protocol's memory is its client's own, and so is a slow reply",
-  async () => {
+testOnBoth(
+  "serve: a protocol's memory is its client's own, and so is a slow reply",
+  async (network) => {
     const slow = Promise.withResolvers<Uint8Array>();
     let protocols = 0;
-    await using server = start({
+    await using server = start(network, {
       protocol: () => {
         protocols++;
         let messages = 0;
         return (bytes) => {
           if (decode(bytes) === "slow") return slow.promise;
-          return decode(bytes) === "quiet"
-            ? new Uint8Array(0)
-            : encode(`${++messages}`);
+          const quiet = decode(bytes) === "quiet";
+          return quiet ? new Uint8Array(0) : encode(`${++messages}`);
         };
       },
     });
-    using ann = await connect(server.port);
-    using bob = await connect(server.port);
-    assertEquals([
-      await ask(ann, "x"),
-      await ask(ann, "x"),
-      await ask(bob, "x"),
-    ], ["1", "2", "1"]);
+    using ann = await server.connect();
+    using bob = await server.connect();
+    assertEquals(
+      [await ask(ann, "x"), await ask(ann, "x"), await ask(bob, "x")],
+      ["1", "2", "1"],
+    );
     await ann.write(encode("slow"));
     await server.log.line(/client 1 .* sent 4 bytes/);
     await bob.write(encode("quiet")); // an empty reply sends nothing
@@ -438,12 +913,11 @@ promise(
   },
 );
 
-promise(
-  net,
-  "a reply of null ends the client after what it is owed",
-  async () => {
+testOnBoth(
+  "serve: a reply of null ends the client after what it is owed",
+  async (network) => {
     const large = new Uint8Array(5_000_000).fill(7);
-    await using server = start({
+    await using server = start(network, {
       protocol: () => (bytes) => decode(bytes) === "bye" ? null : large,
     });
     const conn = await say(server, "all");
@@ -454,243 +928,207 @@ promise(
   },
 );
 
-promise(
-  net,
-  "after a goodbye nobody is answered, and who is silent is closed",
-  async () => {
-    await using server = start({ protocol: () => () => null });
-    using silent = await connect(server.port);
-    using chatty = await connect(server.port);
+testOnBoth(
+  "serve: after a goodbye no client is answered, and a silent one is closed",
+  async (network) => {
+    await using server = start(network, { protocol: () => () => null });
+    using silent = await server.connect();
+    using chatty = await server.connect();
     for (const conn of [silent, chatty]) {
-      assertEquals(
-        await ask(conn, "hello"),
-        "",
-      );
+      assertEquals(await ask(conn, "hello"), "");
     }
     for (let i = 0; i < 8; i++) {
       await chatty.write(encode("still here"));
       await sleep(100);
     }
     await server.log.line(/client 1 .* disconnected .*no progress for 0\.5 s/);
-    assertEquals([
-      server.log.count(/client 2 .* disconnected/),
-      server.log.count(/sent/),
-    ], [0, 2]);
+    assertEquals(server.log.count(/client 2 .* disconnected/), 0);
+    assertEquals(server.log.count(/sent/), 2);
   },
 );
 
-const endings: [string, ServeOptions["protocol"], RegExp][] = [
+const endings: [string, ServeOptions["protocol"], boolean, RegExp][] = [
   [
     "that is silent",
     () => echo,
+    true,
     /^info client 1 .* while reading: no progress for 0\.3 s$/,
   ],
   [
     "that does not read",
     () => () => tooMuch,
+    true,
     /^info client 1 .* while writing: no progress/,
   ],
-  ["without its reply", () => never, /^error client 1 .*: no progress/],
+  ["without its reply", () => never, true, /^error client 1 .*: no progress/],
   [
     "whose reply throws",
     () => throwing(new TypeError("no")),
+    false,
     /^error client 1 .*: TypeError: no$/,
   ],
   [
     "whose reply rejects",
     () => () => Promise.reject("reasons"),
+    false,
     /^error client 1 .*: "reasons"$/,
   ],
   [
     "with a forged line",
     () => throwing(new Error("a\nb")),
+    false,
     /^error client 1 .*: Error: a b$/,
   ],
   [
     "whose protocol throws",
     throwing(new Error("full")),
+    false,
     /^error client 1 .*: Error: full$/,
   ],
 ];
-for (const [name, protocol = () => echo, line] of endings) {
-  promise(
-    net,
-    `a client ${name} is closed in time, with one line, and nobody else`,
-    async () => {
+for (const [name, protocol = () => echo, timesOut, line] of endings) {
+  testOnBoth(
+    `serve: a client ${name} is closed in time, with one line, and no other`,
+    async (network) => {
       let clients = 0;
-      const first: ServeOptions["protocol"] = (addr) =>
-        ++clients === 1 ? protocol(addr) : echo;
-      await using server = start({ protocol: first, idleTimeout: 300 });
+      await using server = start(network, {
+        protocol: (addr) => ++clients === 1 ? protocol(addr) : echo,
+        idleTimeout: 300,
+      });
       using _conn = await say(server, "hello");
-      const since = performance.now();
+      const since = network.now();
       await server.log.line(line);
-      const took = performance.now() - since;
-      assert(
-        `${line}`.includes("progress")
-          ? took >= 299 && took < 2000
-          : took < 299,
-        `${took}`,
-      );
-      await assertEchoed(server.port);
+      const took = network.now() - since;
+      assert(timesOut ? took >= 299 && took < 2000 : took < 299, `${took}`);
+      await assertEchoed(server);
       assertEquals(server.log.count(/client 1 .* disconnected/), 1);
     },
   );
 }
 
-promise(net, "a log that throws costs nobody anything", async () => {
-  const fail = throwing(new Error("disk full"));
-  await using server = start({
-    logger: { error: fail, info: fail, debug: fail },
-  });
-  await assertEchoed(server.port);
-});
-
-// ---- Resets, and trouble with accepting
-
-/** Connects, and resets (SO_LINGER 0) when `until` has resolved, or at once. */
-async function connectAndReset(
-  port: number,
-  text = "",
-  until?: Promise<unknown>,
-): Promise<void> {
-  const socket = connectNode(port, "127.0.0.1");
-  await once(socket, "connect");
-  if (text !== "") socket.write(text);
-  await until;
-  await once(socket.resetAndDestroy(), "close");
-}
-
-promise(
-  net && canReset,
-  "a client that resets, idle or sent to, costs one line",
-  async () => {
-    await using server = start({ protocol: () => () => tooMuch });
-    await connectAndReset(
-      server.port,
-      "",
-      server.log.line(/client 1 .* connected/),
-    );
-    await server.log.line(
-      /^info client 1 .* disconnected while reading: ConnectionReset/,
-    );
-    await connectAndReset(
-      server.port,
-      "much",
-      server.log.line(/client 2 .* sent 4 bytes/),
-    );
-    await server.log.line(
-      /^info client 2 .* while writing: (ConnectionReset|BrokenPipe)/,
-    );
-    assertEquals(server.log.count(/disconnected/), 2);
+testOnBoth(
+  "serve: a log that throws costs no client anything",
+  async (network) => {
+    const fail = throwing(new Error("disk full"));
+    const logger = { error: fail, info: fail, debug: fail };
+    await using server = start(network, { logger });
+    await assertEchoed(server);
   },
 );
 
-promise(
-  net && canReset,
-  "hundreds that reset before they are accepted are forgotten",
-  async () => {
-    await using server = start();
-    using conn = await connect(server.port);
+// ---- Resets, and trouble with accepting
+
+testOnBoth(
+  "serve: a client that resets, idle or sent to, costs one line",
+  async (network) => {
+    await using server = start(network, { protocol: () => () => tooMuch });
+    const { log } = server;
+    await server.reset("", log.line(/client 1 .* connected/));
+    await log.line(
+      /^info client 1 .* disconnected while reading: ConnectionReset/,
+    );
+    await server.reset("much", log.line(/client 2 .* sent 4 bytes/));
+    await log.line(
+      /^info client 2 .* while writing: (ConnectionReset|BrokenPipe)/,
+    );
+    assertEquals(log.count(/disconnected/), 2);
+  },
+  "reset",
+);
+
+testOnBoth(
+  "serve: hundreds that reset before they are accepted are forgotten",
+  async (network) => {
+    await using server = start(network);
+    using conn = await server.connect();
     for (let i = 0; i < 10; i++) {
-      await Promise.all(
-        Array.from({ length: 30 }, () => connectAndReset(server.port)),
-      );
+      await Promise.all(Array.from({ length: 30 }, () => server.reset()));
       assertEquals(await ask(conn, `${i}`), `${i}`);
     }
     assertEquals(server.log.count(/^error/), 0);
   },
+  "reset",
 );
 
-promise(
-  net,
-  "a client that has reset before its options are set is but one",
-  async () => {
-    await using server = startChanged((conn) => {
-      conn.setNoDelay = throwing(new Error("Invalid argument (os error 22)"));
+testOnBoth(
+  "serve: a client whose options cannot be set is served",
+  async (network) => {
+    await using server = startChanged(network, (conn) => {
+      // A client that has reset already: Invalid argument (os error 22).
+      Object.assign(conn, {
+        setNoDelay: throwing(new Error("Invalid argument")),
+      });
     });
-    await assertEchoed(server.port);
+    await assertEchoed(server);
   },
 );
 
 /** Makes a listener's accept fail with these errors first, in that order. */
-function failing(
-  listener: Deno.TcpListener,
+const failing = (
+  listener: Deno.Listener<Deno.Conn, Deno.NetAddr>,
   errors: Error[],
-): Deno.TcpListener {
-  const accept = listener.accept.bind(listener);
-  listener.accept = () => {
+) =>
+  changed(listener, (accept) => {
     const error = errors.shift();
     return error === undefined ? accept() : Promise.reject(error);
-  };
-  return listener;
-}
+  });
 
-promise(
-  net,
-  "clients that give up before they are accepted are forgotten",
-  async () => {
+testOnBoth(
+  "serve: clients that give up before they are accepted are forgotten",
+  async (network) => {
     const kinds = [Deno.errors.NotConnected, Deno.errors.ConnectionAborted];
-    const errors = Array.from(
-      { length: 600 },
-      (_, i) => new kinds[i % 2]("gone"),
+    const errors = kinds.flatMap((kind) =>
+      Array.from({ length: 300 }, () => new kind("gone"))
     );
-    await using server = start({}, [
-      failing(listen({ port: 0, ports: 1 })[0], errors),
-    ]);
-    await assertEchoed(server.port);
+    const listener = failing(only(network.listen(1)), errors);
+    await using server = start(network, {}, [listener]);
+    await assertEchoed(server);
     assertEquals([errors.length, server.log.count(/^error/)], [0, 0]);
   },
 );
 
-promise(
-  net,
-  "out of descriptors, accepting pauses, with a line at each end",
-  async () => {
-    const errors = Array.from(
-      { length: 5 },
-      () => new Error("Too many open files (os error 24)"),
-    );
-    const listeners = listen({ port: 0 });
-    await using server = start({}, [
-      failing(listeners[0], errors),
-      listeners[1],
-    ]);
+testOnBoth(
+  "serve: out of descriptors, accepting pauses, with a line at each end",
+  async (network) => {
+    const shortage = () => new Error("Too many open files (os error 24)");
+    const errors = Array.from({ length: 5 }, shortage);
+    const [first, second] = network.listen(2);
+    assert(first !== undefined && second !== undefined);
+    await using server = start(network, {}, [failing(first, errors), second]);
     await server.log.line(
       /^error accepting pauses: Error: Too many open files/,
     );
     await sleep(150);
     assert(errors.length > 0, "it does not spin");
-    await assertEchoed(server.ports[1]);
+    await assertEchoed({ connect: () => server.connect(1) });
     await server.log.line(/^error accepting again$/);
-    await assertEchoed(server.ports[0]);
+    await assertEchoed(server);
     assertEquals(server.log.count(/^error/), 2);
   },
 );
 
-promise(
-  net,
-  "the server ends with the last listener that somebody else closes",
-  async () => {
-    const listeners = listen({ port: 0 });
-    await using server = start({}, listeners);
-    const conn = await connect(server.port);
+testOnBoth(
+  "serve: it ends with the last listener that somebody else closes",
+  async (network) => {
+    const listeners = network.listen(2);
+    await using server = start(network, {}, listeners);
+    const conn = await server.connect();
     assertEquals(await ask(conn, "hello"), "hello");
     for (const listener of listeners) listener.close();
     await server.log.line(/is closed/);
     assertEquals(await ask(conn, "still"), "still");
     conn.close();
-    assertEquals(await server.ended, { clients: 1, messages: 2, bytes: 10 });
+    assertEquals(await server.ended(), { clients: 1, messages: 2, bytes: 10 });
   },
 );
 
 // ---- Time
 
-promise(
-  net,
-  "a client that makes progress is not idle, however slowly",
-  async () => {
-    await using server = start({ idleTimeout: 300 });
-    using conn = await connect(server.port);
+testOnBoth(
+  "serve: a client that makes progress is not idle, however slowly",
+  async (network) => {
+    await using server = start(network, { idleTimeout: 300 });
+    using conn = await server.connect();
     for (let i = 0; i < 6; i++) {
       await sleep(150);
       assertEquals(await ask(conn, "tick"), "tick");
@@ -698,18 +1136,17 @@ promise(
   },
 );
 
-promise(
-  net,
-  "nobody who has sent is closed as idle because the loop is late",
-  async () => {
+testOnBoth(
+  "serve: a late loop closes no client that has sent in time",
+  async (network) => {
     const protocol = () => (bytes: Uint8Array) => {
-      blockFor(20);
+      network.block(20);
       return bytes;
     };
-    await using server = start({ idleTimeout: 300, protocol });
-    // A round takes longer than the timeout; some think a while before they send.
+    await using server = start(network, { idleTimeout: 300, protocol });
+    // A round takes longer than the timeout; some think before they send.
     const clients = await Promise.all(
-      Array.from({ length: 20 }, () => connect(server.port)),
+      Array.from({ length: 20 }, () => server.connect()),
     );
     await Promise.all(clients.map(async (conn, i) => {
       for (let n = 0; n < 4; n++) {
@@ -722,38 +1159,40 @@ promise(
   },
 );
 
-promise(true, "serve refuses times that are not milliseconds", async () => {
-  for (
-    const options of [{ idleTimeout: NaN }, { idleTimeout: -1 }, { grace: NaN }]
-  ) {
-    const [[name, value]] = Object.entries(options);
-    const message = `${name} is ${value}, expected milliseconds from 0 up`;
-    await assertRejects(() => serve([], options), RangeError, message);
-  }
-});
+const noTimes: [ServeOptions, string][] = [
+  [{ idleTimeout: NaN }, "idleTimeout is NaN"],
+  [{ idleTimeout: -1 }, "idleTimeout is -1"],
+  [{ grace: NaN }, "grace is NaN"],
+];
+for (const [options, message] of noTimes) {
+  test(
+    "nothing",
+    `serve: a time that is none is refused: ${message}`,
+    async () => {
+      const expected = `${message}, expected milliseconds from 0 up`;
+      await assertRejects(() => serve([], options), RangeError, expected);
+    },
+  );
+}
 
 // ---- The stop
 
-promise(
-  net,
-  "a signal that has aborted already closes the listeners",
-  async () => {
-    const listeners = listen({ port: 0 });
-    const totals = await serve(listeners, {
-      signal: AbortSignal.abort(),
-      logger: {},
-    });
+testOnBoth(
+  "serve: a signal that has aborted already closes the listeners",
+  async (network) => {
+    const listener = only(network.listen(1));
+    const signal = AbortSignal.abort();
+    const totals = await serve([listener], { signal, logger: {} });
     assertEquals(totals, { clients: 0, messages: 0, bytes: 0 });
-    await assertRejects(() => listeners[0].accept(), Deno.errors.BadResource);
+    await assertRejects(() => listener.accept(), BadResource);
   },
 );
 
-promise(
-  net,
-  "an abort ends the stream of a client that is owed nothing",
-  async () => {
-    await using server = start();
-    const idle = await connect(server.port);
+testOnBoth(
+  "serve: a stop ends the stream of a client that is owed nothing",
+  async (network) => {
+    await using server = start(network);
+    const idle = await server.connect();
     assertEquals(await ask(idle, "hello"), "hello");
     const stopped = server.stop();
     assertEquals((await readAll(idle)).length, 0);
@@ -761,21 +1200,18 @@ promise(
     await server.log.line(
       /client 1 .* disconnected while reading: end of stream/,
     );
-    await assertRejects(
-      () => connect(server.port),
-      Deno.errors.ConnectionRefused,
-    );
+    await assertRejects(() => server.connect(), ConnectionRefused);
   },
 );
 
-promise(
-  net,
-  "an abort waits for what is owed, and answers nothing after it",
-  async () => {
+testOnBoth(
+  "serve: a stop waits for what is owed, and answers nothing after it",
+  async (network) => {
     const owed = Promise.withResolvers<Uint8Array>();
-    await using server = start({ protocol: () => () => owed.promise });
+    await using server = start(network, { protocol: () => () => owed.promise });
     const conn = await say(server, "first");
-    await conn.write(encode("second")); // unread, it would reset the connection when it is closed
+    // Left unread, this would reset the connection when it is closed.
+    await conn.write(encode("second"));
     const stopped = server.stop();
     await sleep(150);
     owed.resolve(new Uint8Array(2_000_000));
@@ -784,13 +1220,12 @@ promise(
   },
 );
 
-promise(
-  net,
-  "an abort among busy clients loses no reply that is counted",
-  async () => {
-    await using server = start();
+testOnBoth(
+  "serve: a stop among busy clients loses no reply that is counted",
+  async (network) => {
+    await using server = start(network);
     const clients = await Promise.all(
-      Array.from({ length: 100 }, () => connect(server.port)),
+      Array.from({ length: 100 }, () => server.connect()),
     );
     let echoes = 0;
     await Promise.all(clients.map(async (conn) => {
@@ -800,7 +1235,7 @@ promise(
       }
       conn.close();
     }));
-    assertEquals((await server.ended).messages, echoes);
+    assertEquals((await server.ended()).messages, echoes);
   },
 );
 
@@ -821,186 +1256,469 @@ const stubborn: [string, ServeOptions["protocol"], RegExp][] = [
     /while replying: the grace time is over/,
   ],
 ];
-for (const [name, protocol, line] of stubborn) {
-  promise(net, `an abort is not held up by a client ${name}`, async () => {
-    await using server = start({ protocol, grace: 700 });
-    using _conn = await say(server, "hello");
-    await sleep(300); // of no progress, which does not count against its goodbye
-    const since = performance.now();
-    await server.stop();
-    const took = performance.now() - since;
-    assert(took >= 499 && took < 2000, `${took}`);
-    await server.log.line(line);
-  });
+for (const [name, protocol = () => echo, line] of stubborn) {
+  testOnBoth(
+    `serve: a stop is not held up by a client ${name}`,
+    async (network) => {
+      await using server = start(network, { protocol, grace: 700 });
+      using _conn = await say(server, "hello");
+      await sleep(300); // of no progress, which does not count after the goodbye
+      const since = network.now();
+      await server.stop();
+      const took = network.now() - since;
+      assert(took >= 499 && took < 2000, `${took}`);
+      await server.log.line(line);
+    },
+  );
 }
 
-promise(net, "an abort closes who is accepted in the same moment", async () => {
-  const listeners = listen({ port: 0 });
-  const { promise: late, resolve } = Promise.withResolvers<Deno.TcpConn>();
-  const accept = listeners[0].accept.bind(listeners[0]);
-  const accepted = accept();
-  let accepts = 0;
-  listeners[0].accept = () => accepts++ === 0 ? late : accept();
-  await using server = start({}, listeners);
-  const conn = await connect(server.port);
-  const theirs = await accepted;
-  listeners[1].close();
-  await server.log.line(/is closed/);
-  const stopped = server.stop();
-  resolve(theirs);
-  assertEquals((await readAll(conn)).length, 0);
-  assertEquals((await stopped).clients, 1);
-});
+testOnBoth(
+  "serve: a client that is accepted at the moment of a stop is closed",
+  async (network) => {
+    const late = Promise.withResolvers<Deno.Conn>();
+    let accepts = 0;
+    const [first, second] = network.listen(2);
+    assert(first !== undefined && second !== undefined);
+    const accepted = first.accept();
+    const listener = changed(
+      first,
+      (accept) => accepts++ === 0 ? late.promise : accept(),
+    );
+    await using server = start(network, {}, [listener, second]);
+    const conn = await server.connect();
+    const theirs = await accepted;
+    second.close();
+    await server.log.line(/is closed/);
+    const stopped = server.stop();
+    late.resolve(theirs);
+    assertEquals((await readAll(conn)).length, 0);
+    assertEquals((await stopped).clients, 1);
+  },
+);
 
-// ---- Ports and replies
+// ---- Seeded histories: a seed decides everything that happens
 
-/** Two consecutive ports that are free. */
-async function consecutive(): Promise<Deno.TcpListener[]> {
-  for (let port = 20_000 + 2 * (Deno.pid % 5000);; port += 2) {
-    try {
-      return listen({ port });
-    } catch {
-      await turn(); // somebody has one of them
+/** Whole numbers below a limit, the same for the same seed. */
+function randomOf(seed: number): (below: number) => number {
+  let state = Math.imul(seed + 1, 0x9e3779b1) || 1;
+  const next = () => {
+    state ^= state << 13; // xorshift32: Marsaglia, "Xorshift RNGs", 2003
+    state ^= state >>> 17;
+    state ^= state << 5;
+    return state >>> 0;
+  };
+  for (let i = 0; i < 8; i++) next(); // or seeds close together begin alike
+  return (below) => next() % below;
+}
+
+/** What a client may do, and how the log then may say that it has left. */
+const behaviours = [
+  ["is polite", /^info .*: end of stream$/],
+  ["leaves early", /^info .*: (end of stream|ConnectionReset|BrokenPipe)/],
+  ["resets", /^info .*: (end of stream|ConnectionReset|BrokenPipe)/],
+  ["falls silent", /^info .*: (end of stream|no progress)/],
+  ["does not read", /^info .*: (no progress|ConnectionReset|BrokenPipe)/],
+  ["is told goodbye", /^info .*: (end of stream|no progress)/],
+  ["gets an error", /^error .*: Error: no reply$/],
+  ["gets no answer", /^error .*: no progress/],
+] as const;
+
+/** What the seed decides for one client, and what has been seen of it. */
+class Actor {
+  readonly message: Uint8Array;
+  readonly behaviour: typeof behaviours[number][0];
+  readonly ending: RegExp;
+  readonly comesAt: number; // ms
+  readonly turnsAt: number; // bytes: from here on it does what is its own
+  readonly key: number; // its reply is its message, xor this
+  readonly inPlace: boolean; // the reply is made in the server's own buffer
+  readonly copies: number; // of the message, in the reply
+  readonly pauses: number; // before it reads on
+  readonly heard: number[] = []; // what the server has heard from it
+  readonly owed: number[] = []; // what the server has replied
+  readonly received: number[] = []; // what has reached it
+  heardAt = 0; // when the server has last heard from it, or answered it
+
+  constructor(readonly port: number, random: (below: number) => number) {
+    const length = 1 + random(400);
+    this.message = Uint8Array.from({ length }, () => random(256));
+    [this.behaviour, this.ending] = behaviours[random(behaviours.length)] ??
+      behaviours[0];
+    this.comesAt = random(400);
+    this.turnsAt = random(length);
+    this.key = random(256);
+    this.inPlace = random(2) === 0;
+    this.copies = this.inPlace ? 1 : 1 + random(4);
+    this.pauses = random(2) === 0 ? random(8) : 0;
+  }
+}
+
+/** Plays what a seed decides, and checks all that the server promises. */
+async function history(seed: number, time: Time, log: Log): Promise<void> {
+  const random = randomOf(seed);
+  const capacity = 1 + random(random(2) === 0 ? 20 : 2000);
+  const most = 1 + random(random(2) === 0 ? 8 : 500);
+  const pieces = (n: number) => 1 + random(Math.min(n, most));
+  const network = new MemoryNetwork(capacity, pieces, 1 + random(16));
+  const listeners = network.listen(1 + random(3));
+  const actors = Array.from(
+    { length: 1 + random(9) },
+    (_, i) => new Actor(50_000 + i, random),
+  );
+  const idleTimeout = random(2) === 0 ? 300 + random(500) : Infinity;
+  const grace = [0, 300, 5000][random(3)] ?? 0;
+  const stopsAt = random(2) === 0 ? random(1500) : Infinity;
+  const loggedAt = new Map<string, number>();
+  const write = (line: string) => {
+    log.add(line);
+    loggedAt.set(line, time.now());
+  };
+  let messages = 0;
+
+  const protocol = (addr: Deno.Addr) => {
+    const actor = actors.find(({ port }) =>
+      "port" in addr && addr.port === port
+    );
+    assert(actor !== undefined);
+    return (bytes: Uint8Array) => {
+      messages++;
+      actor.heard.push(...bytes);
+      actor.heardAt = time.now();
+      const reply = replyTo(actor, bytes);
+      if (random(10) > 0) return reply();
+      return sleep(random(100)).then(() => {
+        actor.heardAt = time.now();
+        return reply();
+      });
+    };
+  };
+
+  function replyTo(actor: Actor, bytes: Uint8Array) {
+    const { behaviour, heard, turnsAt, key, owed, inPlace, copies } = actor;
+    if (random(50) === 0) time.block(random(30)); // a reply that computes
+    if (heard.length > turnsAt) {
+      if (behaviour === "is told goodbye") return () => null;
+      if (behaviour === "gets an error") return throwing(new Error("no reply"));
+      if (behaviour === "gets no answer") return never;
+    }
+    if (random(20) === 0) return () => new Uint8Array(0);
+    const reply = new Uint8Array(copies * bytes.length)
+      .map((_, i) => (bytes[i % bytes.length] ?? 0) ^ key);
+    owed.push(...reply);
+    return () => {
+      if (!inPlace) return reply;
+      bytes.set(reply);
+      return bytes;
+    };
+  }
+
+  async function live(actor: Actor): Promise<void> {
+    const { behaviour, turnsAt, message } = actor;
+    await sleep(actor.comesAt);
+    const listener = listeners[actor.port % listeners.length];
+    const conn = await network.connect(listener?.addr.port ?? 0, actor.port)
+      .catch(() => undefined); // it comes after the stop
+    if (conn === undefined) return;
+    const speaking = Promise.allSettled([speak()]);
+    const hearing = Promise.allSettled([hear()]);
+    await speaking;
+    if (behaviour === "leaves early" || behaviour === "resets") {
+      await sleep(random(100));
+      if (behaviour === "resets") conn.reset();
+      else conn.close();
+    }
+    await hearing;
+    if (behaviour === "falls silent") {
+      await conn.outgoing.until(() => conn.outgoing.broken);
+    }
+    conn[Symbol.dispose]();
+
+    async function speak(): Promise<void> {
+      const early = ["leaves early", "resets", "falls silent"];
+      const length = early.includes(behaviour) ? turnsAt : message.length;
+      const times = behaviour === "does not read" ? Infinity : 1;
+      for (let time = 0; time < times; time++) {
+        for (let n = 0; n < length;) {
+          const end = Math.min(length, n + 1 + random(200));
+          n += await conn?.write(message.subarray(n, end)) ?? 0;
+          if (random(4) === 0) await sleep(random(50));
+        }
+      }
+      if (behaviour === "is polite") await conn?.closeWrite();
+    }
+
+    async function hear(): Promise<void> {
+      const buffer = new Uint8Array(1 + random(300));
+      for (
+        let n = 0;
+        behaviour !== "does not read" || actor.received.length < turnsAt;
+        n++
+      ) {
+        if (n < actor.pauses) await sleep(200 + random(90));
+        const count = await conn?.read(buffer) ?? null;
+        if (count === null) return;
+        actor.received.push(...buffer.subarray(0, count));
+      }
+    }
+  }
+
+  /** Lets accept fail now and then. */
+  async function disturb(): Promise<void> {
+    for (let i = random(4); i > 0; i--) {
+      await sleep(random(300));
+      const kinds = [new NotConnected("gone"), new ConnectionAborted("gone")];
+      const error = kinds[random(3)] ?? new Error("Too many open files");
+      const listener = listeners[random(listeners.length)];
+      listener?.errors.push(error);
+      listener?.changed();
+    }
+  }
+
+  const rejections: string[] = [];
+  const onRejection = (event: PromiseRejectionEvent) => {
+    event.preventDefault();
+    rejections.push(String(event.reason));
+  };
+  globalThis.addEventListener("unhandledrejection", onRejection);
+  const stop = new AbortController();
+  const { signal } = stop;
+  const logger = {
+    error: (line: string) => write(`error ${line}`),
+    info: (line: string) => write(`info ${line}`),
+  };
+  const options = { protocol, idleTimeout, grace, signal, logger };
+  const serving = serve(listeners, options);
+  const lives = actors.map(live);
+  const disturbed = disturb();
+  const stubborn = ["falls silent", "does not read", "gets no answer"];
+  const ending = lives.filter((_, i) =>
+    idleTimeout < Infinity || !stubborn.includes(actors[i]?.behaviour ?? "")
+  );
+  await (stopsAt < Infinity ? sleep(stopsAt) : Promise.all(ending));
+  const stoppedAt = time.now();
+  stop.abort();
+  const totals = await serving;
+  await Promise.all([...lives, disturbed]);
+  await turn();
+  globalThis.removeEventListener("unhandledrejection", onRejection);
+
+  const bytes = actors.reduce((sum, { heard }) => sum + heard.length, 0);
+  const clients = log.count(/\) connected$/);
+  assertEquals(totals, { clients, messages, bytes });
+  assertEquals(rejections, []);
+  assert(listeners.every(({ closed }) => closed), "every listener is closed");
+  assert(network.conns.every(({ closed }) => closed), "every client is closed");
+  for (const actor of actors) {
+    const { port, behaviour, received, owed, heard, message } = actor;
+    const its = log.lines.filter((line) => line.includes(`:${port})`));
+    const story = `a client that ${behaviour}:${
+      its.map((line) => `\n  ${line}`)
+    }`;
+    const [connected, line = "", ...more] = its;
+    if (connected === undefined) {
+      assert(stoppedAt < time.now() || behaviour === "resets", story);
+      continue;
+    }
+    const at = loggedAt.get(line) ?? 0;
+    assert(line.includes(" disconnected while ") && more.length === 0, story);
+    const sent = heard.map((_, i) => message[i % message.length]);
+    assertEquals(heard, sent, `${story}: heard`);
+    assertEquals(
+      received,
+      owed.slice(0, received.length),
+      `${story}: received`,
+    );
+    const overdue = line.endsWith("the grace time is over");
+    if (overdue) assert(at - stoppedAt >= grace, `${story}: cut off early`);
+    const silentFor = /no progress for ([\d.]+) s$/.exec(line)?.[1];
+    if (silentFor !== undefined) {
+      const since = Math.max(actor.heardAt, loggedAt.get(connected) ?? 0);
+      assert(at - since >= 1000 * Number(silentFor), `${story}: closed early`);
+    }
+    const stopped = stoppedAt <= at;
+    if (!stopped) assertMatch(line, actor.ending, story);
+    const reads = ["is polite", "is told goodbye", "falls silent"];
+    if (!reads.includes(behaviour) || (overdue && grace < 5000)) continue;
+    assert(!overdue, `${story}: not held up`);
+    assertEquals(received.length, owed.length, `${story}: all that it is owed`);
+    if (behaviour === "is polite" && !stopped) {
+      assertEquals(heard.length, message.length, `${story}: all heard`);
     }
   }
 }
 
-promise(
-  net,
-  "listen opens all ports or none, and names the one that it cannot open",
+// `deno test -- histories [COUNT] [FIRST SEED]` plays others.
+const [word, count, first] = Deno.args;
+const others = word === "histories";
+const histories = others ? Number(count ?? 10_000) : 300;
+const firstSeed = first !== undefined
+  ? Number(first)
+  : others
+  ? crypto.getRandomValues(new Uint32Array(1))[0] ?? 0
+  : 1;
+
+test(
+  "nothing",
+  "serve: it keeps its promises in seeded histories",
   async () => {
-    const [first, second] = await consecutive();
+    if (others) console.log(`${histories} histories from seed ${firstSeed} on`);
+    for (let seed = firstSeed; seed < firstSeed + histories; seed++) {
+      const log = new Log();
+      try {
+        await inVirtualTime((time) => history(seed, time, log), 1);
+      } catch (cause) {
+        const again = `again: deno task histories 1 ${seed}`;
+        throw new Error(`history ${seed} fails; ${again}${log}`, { cause });
+      }
+    }
+  },
+);
+
+// ---- Ports and replies
+
+/** Two consecutive ports that are free. */
+function consecutive(): [Deno.TcpListener, Deno.TcpListener] {
+  // Below those that systems lend to clients.
+  for (let port = 20_000 + 2 * (Deno.pid % 5000); port < 32_000; port += 2) {
+    try {
+      const [first, second] = listen({ port, ports: 2 });
+      assert(first !== undefined && second !== undefined);
+      return [first, second];
+    } catch (error) {
+      assert(error instanceof Error);
+      const { cause } = error;
+      if (!(cause instanceof Deno.errors.AddrInUse)) throw error;
+    }
+  }
+  throw new Error("no two consecutive ports are free");
+}
+
+test(
+  "net",
+  "listen: it opens all ports or none, and names the one that it cannot open",
+  async () => {
+    const [first, second] = consecutive();
     first.close();
     const { port } = first.addr;
     const message = `cannot listen on 127.0.0.1:${port + 1}: AddrInUse`;
-    assertThrows(() => listen({ port }), Error, message);
-    await assertRejects(() => connect(port), Deno.errors.ConnectionRefused);
+    assertThrows(() => listen({ port, ports: 2 }), Error, message);
+    await assertRejects(() => sockets.connect(port), ConnectionRefused);
     second.close();
   },
 );
 
-promise(net, "listen takes addresses and names of both families", async () => {
-  const shown: [string, RegExp][] = [
-    ["localhost", /^info listening on (127\.0\.0\.1|\[::1\]):\d+$/],
-    ["0.0.0.0", /^info listening on 0\.0\.0\.0:\d+$/],
-    ["::1", /^info listening on \[::1\]:\d+$/],
-  ];
-  for (const [host, line] of shown) {
-    await using server = start({}, listen({ host, port: 0, ports: 1 }));
-    await server.log.line(line);
-  }
-  assertThrows(
-    () => listen({ host: "nowhere.invalid" }),
-    Error,
-    "nowhere.invalid:50007: ",
+const shown: ["net" | "anyNet", string, RegExp][] = [
+  ["net", "localhost", /^info listening on (127\.0\.0\.1|\[::1\]):\d+$/],
+  ["net", "::1", /^info listening on \[::1\]:\d+$/],
+  ["anyNet", "0.0.0.0", /^info listening on 0\.0\.0\.0:\d+$/],
+];
+for (const [needed, host, line] of shown) {
+  test(
+    needed,
+    `listen: it opens a port of ${host}, and serve shows it`,
+    async () => {
+      const listeners = listen({ host, port: 0, ports: 1 });
+      await using server = start(sockets, {}, listeners);
+      await server.log.line(line);
+    },
   );
+}
+
+test("anyNet", "listen: it names an address that is none", () => {
+  const message = "nowhere.invalid:50007: ";
+  assertThrows(() => listen({ host: "nowhere.invalid" }), Error, message);
 });
 
-promise(
-  true,
-  "stamp replies as the book does, and keeps bytes that are no text",
+test(
+  "nothing",
+  "stamp: it replies as the book does, and keeps bytes that are no text",
   () => {
-    assertMatch(
-      decode(stamp(encode("spam"))),
-      /^Echo=>spam at \d{4}-\d\d-\d\dT[\d:.]+Z$/,
-    );
-    assertEquals(
-      stamp(new Uint8Array([255, 0])).slice(6, 8),
-      new Uint8Array([255, 0]),
-    );
+    const reply = decode(stamp(encode("spam")));
+    assertMatch(reply, /^Echo=>spam at \d{4}-\d\d-\d\dT[\d:.]+Z$/);
+    const bytes = new Uint8Array([255, 0]);
+    assertEquals(stamp(bytes).slice(6, 8), bytes);
   },
 );
 
 // ---- The commands
 
-// The scripts run with the packages that the tests run with, be it through an import map.
+// They run with the packages that the tests run with.
 const parseArgs = "jsr:@std/cli@^1/parse-args";
-const importMap = JSON.stringify({
-  imports: { [parseArgs]: import.meta.resolve(parseArgs) },
-});
+const imports = { [parseArgs]: import.meta.resolve(parseArgs) };
+const importMap = `data:application/json,${
+  encodeURIComponent(JSON.stringify({ imports }))
+}`;
 
-function spawn(
-  script: string,
-  args: string[],
-  permission = "--allow-net",
-): Deno.ChildProcess {
-  const map = `data:application/json,${encodeURIComponent(importMap)}`;
-  const run = [
-    "run",
-    "--no-prompt",
-    "--import-map",
-    map,
-    permission,
-    import.meta.resolve(script),
-  ];
-  return new Deno.Command(Deno.execPath(), {
-    args: [...run, ...args],
+/** Runs a script, until the test's block ends; its lines can be waited for. */
+function command(script: string, args: string[], permission = "--allow-net") {
+  const deno = ["run", "--no-prompt", "--import-map", importMap, permission];
+  const child = new Deno.Command(Deno.execPath(), {
+    args: [...deno, import.meta.resolve(script), ...args],
     env: { NO_COLOR: "1" },
-    stdin: "piped",
+    stdin: "null",
     stdout: "piped",
     stderr: "piped",
   }).spawn();
-}
-
-/** Runs a script whose lines can be waited for. */
-function command(...args: Parameters<typeof spawn>) {
-  const child = spawn(...args);
   const log = new Log();
-  const read = async (
+  async function read(
     stream: typeof child.stdout,
     add: (line: string) => void,
-  ) => {
+  ) {
     let rest = "";
     for await (const text of stream.pipeThrough(new TextDecoderStream())) {
       const lines = (rest + text).split("\n");
       rest = lines.pop() ?? "";
       lines.forEach(add);
     }
+  }
+  const output = [read(child.stdout, log.info), read(child.stderr, log.error)];
+  const exit = Promise.all(output).then(() => child.status);
+  let exited = false;
+  exit.then(() => exited = true);
+  return {
+    log,
+    kill: (signal: Deno.Signal = "SIGTERM") => child.kill(signal),
+    /** Resolves to the exit code. */
+    ended: async () => {
+      const seen = () => log.toString();
+      return (await within(exit, `end of ${script}`, seen, 20_000)).code;
+    },
+    port: async () => Number(/\d+$/.exec(await log.line(/listening on/))),
+    [Symbol.asyncDispose]: async () => {
+      if (!exited) child.kill("SIGKILL");
+      await exit;
+    },
   };
-  const output = Promise.all([
-    read(child.stdout, log.info),
-    read(child.stderr, log.error),
-  ]);
-  const ended = output.then(() => child.status).then(async ({ code }) => {
-    await child.stdin.close().catch(() => {}); // closed already
-    return code;
-  });
-  const port = async () => Number(/\d+$/.exec(await log.line(/listening on/)));
-  return { log, child, ended, port };
 }
 
 const server = (args: string) => command("./select_server.ts", args.split(" "));
 const client = (args: string) => command("./echo_client.ts", args.split(" "));
 const clientOf = (port: number, ...args: string[]) =>
   command("./echo_client.ts", ["-p", `${port}`, "--ports", "1", ...args]);
+const scripts = [["server", server], ["client", client]] as const;
 
-for (
-  const [name, script] of [["server", server], ["client", client]] as const
-) {
-  promise(
-    withReadme,
-    `the ${name}'s --help fits 80 columns, and the README agrees`,
+for (const [name, script] of scripts) {
+  test(
+    "readme",
+    `the ${name}: --help fits 80 columns, and the README agrees`,
     async () => {
-      const { log, ended } = script("--help");
-      assertEquals(await ended, 0);
-      assertEquals(
-        log.lines.filter((line) => line.length > "info ".length + 80),
-        [],
-      );
-      const options = log.lines.flatMap((line) =>
+      await using help = script("--help");
+      assertEquals(await help.ended(), 0);
+      const { lines } = help.log;
+      const columns = "info ".length + 80;
+      assertEquals(lines.filter((line) => line.length > columns), []);
+      const options = lines.flatMap((line) =>
         /^info {3,7}(?:-\w, )?(--[a-z-]+)/.exec(line)?.[1] ?? []
       );
-      assert(options.includes("--port") && await script("-h").ended === 0);
-      const table = readme.split("\n## What it survives")[1].matchAll(
-        /^\|(.*)\|$/gm,
+      await using short = script("-h");
+      assert(options.includes("--port") && await short.ended() === 0);
+      const table = readme.split("\n## What it survives")[1] ?? "";
+      const cells = [...table.matchAll(/^\|(.*)\|$/gm)].map(([, row]) =>
+        row?.split("|")[name === "server" ? 1 : 2]
       );
-      const cells = [...table].map(([, row]) =>
-        row.split("|")[name === "server" ? 1 : 2]
-      );
-      const named = [...cells.join().matchAll(/`(--[a-z-]+)/g)].map((
-        [, option],
-      ) => option);
-      assertEquals(named.toSorted(), options.toSorted());
+      const named = [...cells.join().matchAll(/`(--[a-z-]+)/g)];
+      const inTable = named.map(([, option]) => option).toSorted();
+      assertEquals(inTable, options.toSorted());
     },
   );
 }
@@ -1010,148 +1728,136 @@ async function assertRefuses(
   refused: ReturnType<typeof command>,
   code: number,
   line: RegExp,
-) {
+): Promise<void> {
   const { log, ended } = refused;
-  assertEquals(await ended, code, log.lines.join("\n"));
-  assertEquals(log.lines.length, 1, log.lines.join("\n"));
-  assertMatch(log.lines[0], line);
-  assertMatch(log.lines[0], /^error (select_server|echo_client): /);
+  assertEquals(await ended(), code, log.toString());
+  assertMatch(only(log.lines), line);
+  assertMatch(only(log.lines), /^error (select_server|echo_client): /);
 }
 
-const badUse: [typeof server, string, RegExp][] = [
-  [server, "--bogus", /--bogus: expected one of the options/],
-  [server, "--no-stamp", /--no-stamp: expected one of the options/],
-  [server, "127.0.0.1", /127\.0\.0\.1: expected one of the options/],
-  [server, "-- 7", /7: expected one of the options/],
-  [server, "--port", /--port .*: expected a whole number from 0 to 65535/],
-  [
-    server,
-    "--port 70000",
-    /--port 70000: expected a whole number from 0 to 65535/,
-  ],
-  [server, "--port 5e2", /--port 5e2: expected a whole number/],
-  [server, "--port -1", /-1: expected/],
-  [server, "--ports 0", /--ports 0: expected a whole number from 1/],
-  [
-    server,
-    "--port 65535 --ports 2",
-    /--ports 2: expected a whole number from 1 to 1/,
-  ],
-  [server, "--delay x", /--delay x: expected a whole number/],
-  [
-    server,
-    "--idle-timeout 0",
-    /--idle-timeout 0: expected a whole number from 1/,
-  ],
-  [server, "--host", /--host: expected an address/],
-  [client, "--bogus", /--bogus: expected one of the options/],
-  [client, "--host", /--host: expected an address/],
-  [client, "--clients 0", /--clients 0: expected a whole number from 1/],
-  [client, "--size 1.5", /--size 1\.5: expected a whole number/],
-  [
-    client,
-    "--messages 2 hello",
-    /hello: expected either MESSAGEs or -n and -s/,
-  ],
-  [client, "--timeout 0", /--timeout 0: expected seconds above 0/],
+const badUse: ["server" | "client", string, RegExp][] = [
+  ["server", "--bogus", /--bogus: expected one of the options/],
+  ["server", "--no-stamp", /--no-stamp: expected one of the options/],
+  ["server", "127.0.0.1", /127\.0\.0\.1: expected one of the options/],
+  ["server", "-- 7", /7: expected one of the options/],
+  ["server", "--port", /--port .*: expected a whole number from 0 to 65535/],
+  ["server", "--port 70000", /--port 70000: expected a whole number from 0 to/],
+  ["server", "--port 5e2", /--port 5e2: expected a whole number/],
+  ["server", "--port -1", /-1: expected/],
+  ["server", "--ports 0", /--ports 0: expected a whole number from 1/],
+  ["server", "--port 65535 --ports 2", /--ports 2: expected .* from 1 to 1/],
+  ["server", "--delay x", /--delay x: expected a whole number/],
+  ["server", "--idle-timeout 0", /--idle-timeout 0: expected .* from 1/],
+  ["server", "--host", /--host: expected an address/],
+  ["client", "--bogus", /--bogus: expected one of the options/],
+  ["client", "--host", /--host: expected an address/],
+  ["client", "--clients 0", /--clients 0: expected a whole number from 1/],
+  ["client", "--size 1.5", /--size 1\.5: expected a whole number/],
+  ["client", "--messages 2 hello", /hello: expected either MESSAGEs or -n and/],
+  ["client", "--timeout 0", /--timeout 0: expected seconds above 0/],
 ];
-promise(
-  run,
-  "bad use is one line that says what was expected, and exit code 2",
-  async () => {
-    await Promise.all(
-      badUse.map(([script, args, line]) =>
-        assertRefuses(script(args), 2, line)
-      ),
-    );
-  },
-);
-
-promise(
-  run,
-  "a port that cannot be opened is one line, and exit code 1",
-  async () => {
-    using taken = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-    const { port } = taken.addr;
-    const cases: [ReturnType<typeof command>, RegExp][] = [
-      [
-        server(`-p ${port}`),
-        new RegExp(`cannot listen on 127.0.0.1:${port}: AddrInUse`),
-      ],
-      [
-        server("-H nowhere.invalid"),
-        /cannot listen on nowhere\.invalid:50007: /,
-      ],
-      [
-        command("./select_server.ts", [], "--deny-net"),
-        /on 127\.0\.0\.1:50007: NotCapable/,
-      ],
-    ];
-    for (const [refused, line] of cases) await assertRefuses(refused, 1, line);
-  },
-);
-
-for (const signal of ["SIGINT", "SIGTERM"] as const) {
-  promise(
-    run && posix,
-    `${signal} stops the server in order, a second one at once`,
+for (const [name, args, line] of badUse) {
+  test(
+    "run",
+    `the ${name}: ${args} is refused in one line, exit code 2`,
     async () => {
-      const { log, port, child, ended } = server(
-        "-v -p 0 --stamp --delay 60000 --idle-timeout 60",
-      );
-      const conn = await connect(await port());
-      await conn.write(encode("owed"));
-      await log.line(/client 1 .* sent 4 bytes/);
-      child.kill(signal);
-      assertMatch(decode(await readAll(conn)), /^Echo=>owed at 20/);
-      assertEquals(await ended, 0);
-      assertEquals(
-        log.lines.at(-1),
-        "info served 1 clients, 1 messages, 4 bytes",
-      );
-      assertEquals(log.count(/^error/), 0);
-
-      const again = server("-p 0");
-      using idle = await connect(await again.port());
-      assertEquals(await ask(idle, "hello"), "hello");
-      assertEquals(again.log.count(/sent/), 0);
-      again.child.kill(signal);
-      await again.log.line(/stopping/);
-      again.child.kill(signal);
-      assertEquals(await again.ended, 1);
+      await using refused = (name === "server" ? server : client)(args);
+      await assertRefuses(refused, 2, line);
     },
   );
 }
 
-promise(
-  run && posix,
-  "the server goes on when nobody reads its log any more",
+test(
+  "run",
+  "the server: a port that cannot be opened is one line, exit code 1",
   async () => {
-    const child = spawn("./select_server.ts", ["--port", "0"]);
+    using taken = only(listen({ port: 0, ports: 1 }));
+    const { port } = taken.addr;
+    await using inUse = server(`-p ${port}`);
+    const address = `127.0.0.1:${port}`;
+    await assertRefuses(
+      inUse,
+      1,
+      new RegExp(`cannot listen on ${address}: Addr`),
+    );
+    await using nowhere = server("-H nowhere.invalid");
+    await assertRefuses(
+      nowhere,
+      1,
+      /cannot listen on nowhere\.invalid:50007: /,
+    );
+    await using denied = command("./select_server.ts", [], "--deny-net");
+    await assertRefuses(denied, 1, /on 127\.0\.0\.1:50007: NotCapable/);
+  },
+);
+
+for (const signal of ["SIGINT", "SIGTERM"] as const) {
+  test(
+    "signals",
+    `the server: ${signal} stops it in order, a second one at once`,
+    async () => {
+      const options = "-v -p 0 --stamp --delay 60000 --idle-timeout 60";
+      await using stopping = server(options);
+      const { log } = stopping;
+      const conn = await sockets.connect(await stopping.port());
+      await conn.write(encode("owed"));
+      await log.line(/client 1 .* sent 4 bytes/);
+      stopping.kill(signal);
+      assertMatch(decode(await readAll(conn)), /^Echo=>owed at 20/);
+      assertEquals(await stopping.ended(), 0);
+      const totals = "info served 1 clients, 1 messages, 4 bytes";
+      assertEquals(log.lines.at(-1), totals);
+      assertEquals(log.count(/^error/), 0);
+
+      await using again = server("-p 0");
+      using idle = await sockets.connect(await again.port());
+      assertEquals(await ask(idle, "hello"), "hello");
+      assertEquals(again.log.count(/sent/), 0);
+      again.kill(signal);
+      await again.log.line(/stopping/);
+      again.kill(signal);
+      assertEquals(await again.ended(), 1);
+    },
+  );
+}
+
+test(
+  "signals",
+  "the server: it goes on when nobody reads its log any more",
+  async () => {
+    const script = import.meta.resolve("./select_server.ts");
+    const run = ["run", "--allow-net", "--import-map", importMap, script];
+    await using child = new Deno.Command(Deno.execPath(), {
+      args: [...run, "--port", "0"],
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
     const reader = child.stdout.getReader();
     let printed = "";
     while (!printed.includes("\n")) {
-      printed += decode((await reader.read()).value ?? new Uint8Array(0));
+      const { value } = await within(reader.read(), "port", () => printed);
+      printed += decode(value ?? new Uint8Array(0));
     }
     await reader.cancel();
     const port = Number(/:(\d+)/.exec(printed)?.[1]);
-    for (let i = 0; i < 3; i++) await assertEchoed(port); // each is a line that nobody can read
+    const connect = () => sockets.connect(port);
+    for (let i = 0; i < 3; i++) await assertEchoed({ connect }); // each is a line
     child.kill();
-    assertEquals((await child.status).code, 0);
-    await child.stdin.close().catch(() => {}); // closed already
+    assertEquals((await within(child.status, "end of the server")).code, 0);
     assertEquals(await new Response(child.stderr).text(), "");
   },
 );
 
 // ---- The client
 
-promise(
-  run,
-  "every byte comes back to the client, which reports and exits with 0",
+test(
+  "run",
+  "the client: every byte comes back, it reports, and exits with 0",
   async () => {
-    await using server = start();
-    const plain = clientOf(server.port, "--clients", "50", "--messages", "20");
-    assertEquals(await plain.ended, 0);
+    await using server = start(sockets);
+    const port = server.port();
+    await using plain = clientOf(port, "--clients", "50", "--messages", "20");
+    assertEquals(await plain.ended(), 0);
     const patterns = [
       /^info clients {3}50 succeeded, 0 failed$/,
       /^info echoes {4}1000, 64000 bytes in \d+\.\d{3} s$/,
@@ -1162,10 +1868,12 @@ promise(
       /^info fairness {2}[01]\.\d{3} /,
     ];
     assertEquals(plain.log.lines.length, patterns.length);
-    patterns.forEach((pattern, i) => assertMatch(plain.log.lines[i], pattern));
+    patterns.forEach((pattern, i) =>
+      assertMatch(plain.log.lines[i] ?? "", pattern)
+    );
 
-    const json = clientOf(
-      server.port,
+    await using json = clientOf(
+      port,
       "-c",
       "3",
       "-n",
@@ -1174,8 +1882,8 @@ promise(
       "3000000",
       "--json",
     );
-    assertEquals(await json.ended, 0);
-    const report = JSON.parse(json.log.lines[0].slice("info ".length));
+    assertEquals(await json.ended(), 0);
+    const report = JSON.parse(only(json.log.lines).slice("info ".length));
     const {
       succeeded,
       failed,
@@ -1207,54 +1915,54 @@ promise(
     assert(report.echoesPerSecond > 0);
 
     const texts = ["Hello network world", "007", "two\nlines"];
-    const book = clientOf(server.port, ...texts);
-    assertEquals(await book.ended, 0);
+    await using book = clientOf(port, ...texts);
+    assertEquals(await book.ended(), 0);
     const received = texts.map((text) =>
       `info client 1 received: ${text.replace("\n", " ")}`
     );
     assertEquals(book.log.lines, received);
-    const quiet = clientOf(server.port, "-q", "--json");
-    assertEquals([await quiet.ended, quiet.log.lines.length], [0, 0]);
+    await using quiet = clientOf(port, "-q", "--json");
+    assertEquals([await quiet.ended(), quiet.log.lines.length], [0, 0]);
   },
 );
 
-promise(
-  run,
-  "clients are dealt over the ports, and their messages differ",
+test(
+  "run",
+  "the client: clients are dealt over the ports, and their messages differ",
   async () => {
     const seen: string[] = [];
     const protocol = () => (bytes: Uint8Array) => {
       seen.push(bytes.join());
       return bytes;
     };
-    const listeners = await consecutive();
-    await using server = start({ protocol }, listeners);
+    const listeners = consecutive();
+    await using server = start(sockets, { protocol }, listeners);
     listeners[1].close();
     await server.log.line(/is closed/);
-    const { log, ended } = client(`-p ${server.port} -c 10 -n 5 -s 16`);
-    assertEquals(await ended, 1);
+    await using five = client(`-p ${server.port()} -c 10 -n 5 -s 16`);
+    assertEquals(await five.ended(), 1);
     assertEquals(
-      log.lines[0],
+      five.log.lines[0],
       "info clients   5 succeeded, 5 failed, 5 refused",
     );
     assertEquals([seen.length, new Set(seen).size], [25, 25]);
   },
 );
 
-promise(
-  run,
-  "who is no longer answered ends alone, and counts as served less",
+test(
+  "run",
+  "the client: a client that is no longer answered fails alone, and lowers the fairness",
   async () => {
     let clients = 0;
     const protocol = () => {
-      const rest = [never, never, () => null][clients % 3];
+      const rest = [never, never, () => null][clients % 3] ?? never;
       let left = clients++ % 3 === 0 ? 40 : 1;
       return (bytes: Uint8Array) =>
         left-- > 0 ? sleep(20).then(() => bytes) : rest();
     };
-    await using server = start({ protocol, grace: 0 });
-    const { log, ended } = clientOf(
-      server.port,
+    await using server = start(sockets, { protocol, grace: 0 });
+    await using nine = clientOf(
+      server.port(),
       "-c",
       "9",
       "-n",
@@ -1263,12 +1971,11 @@ promise(
       "0.5",
       "--json",
     );
-    assertEquals(await ended, 1, log.lines.join("\n"));
-    const { reasons, jain } = JSON.parse(log.lines[0].slice("info ".length));
-    assertEquals([log.lines.length, reasons], [1, {
-      "closed early": 3,
-      "timed out": 3,
-    }]);
+    assertEquals(await nine.ended(), 1, nine.log.toString());
+    const { reasons, jain } = JSON.parse(
+      only(nine.log.lines).slice("info ".length),
+    );
+    assertEquals(reasons, { "closed early": 3, "timed out": 3 });
     assert(
       jain > 1 / 3 && jain < 0.5,
       `${jain}: over the whole run, not only while they ran`,
@@ -1278,55 +1985,61 @@ promise(
 
 const badServers: [
   string,
+  string,
   string[],
   (conn: Deno.TcpConn, bytes: Uint8Array) => unknown,
 ][] = [
-  ["closed early", [], (conn) => conn.closeWrite()],
+  ["closed early", "ends the stream", [], (conn) => conn.closeWrite()],
   [
     "sent too much",
+    "adds a byte",
     [],
     (conn, bytes) => conn.write(new Uint8Array([...bytes, 0])),
   ],
   [
     "wrong bytes",
+    "changes all bytes",
     [],
     (conn, bytes) => conn.write(bytes.map((byte) => byte ^ 1)),
   ],
   [
     "wrong bytes",
+    "puts a byte before",
     [],
-    (conn, bytes) => conn.write(new Uint8Array([bytes[0] ^ 1, ...bytes])),
+    (conn, [first = 0, ...rest]) =>
+      conn.write(new Uint8Array([first ^ 1, first, ...rest])),
   ],
   [
     "timed out",
+    "echoes a part",
     ["--timeout", "0.2"],
     (conn, bytes) => conn.write(bytes.subarray(0, 10)),
   ],
 ];
-for (const [reason, args, behave] of badServers) {
-  promise(
-    run,
-    `the client counts who misbehaves under the reason: ${reason}`,
+for (const [reason, what, args, behave] of badServers) {
+  test(
+    "run",
+    `the client: a server that ${what} is counted as: ${reason}`,
     async () => {
-      using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-      const { log, ended } = clientOf(listener.addr.port, "-c", "1", ...args);
-      using conn = await listener.accept();
+      using listener = only(listen({ port: 0, ports: 1 }));
+      await using one = clientOf(listener.addr.port, "-c", "1", ...args);
+      using conn = await within(listener.accept(), "client");
       const buffer = new Uint8Array(64);
       await conn.read(buffer);
       await behave(conn, buffer);
-      assertEquals(await ended, 1);
+      assertEquals(await one.ended(), 1);
       assertEquals(
-        log.lines[0],
+        one.log.lines[0],
         `info clients   0 succeeded, 1 failed, 1 ${reason}`,
       );
-      assertEquals(log.count(/^error/), 0);
+      assertEquals(one.log.count(/^error/), 0);
     },
   );
 }
 
-promise(
-  run && canReset,
-  "the client counts a server that resets under that reason",
+test(
+  canReset ? "run" : "reset",
+  "the client: a server that resets is counted as: reset",
   async () => {
     const server = createServer((socket) =>
       socket.once("data", () => socket.resetAndDestroy())
@@ -1334,39 +2047,42 @@ promise(
     await once(server.listen(0, "127.0.0.1"), "listening");
     const address = server.address();
     assert(address !== null && typeof address === "object");
-    const { log, ended } = clientOf(address.port, "-c", "5");
-    assertEquals(await ended, 1);
-    assertEquals(log.lines[0], "info clients   0 succeeded, 5 failed, 5 reset");
+    await using five = clientOf(address.port, "-c", "5");
+    assertEquals(await five.ended(), 1);
+    assertEquals(
+      five.log.lines[0],
+      "info clients   0 succeeded, 5 failed, 5 reset",
+    );
     await once(server.close(), "close");
   },
 );
 
-promise(
-  run,
-  "the client gives up on who never accepts, and counts who is refused",
+test(
+  "run",
+  "the client: it gives up on a server that never accepts, and counts who is refused",
   async () => {
-    const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    const listener = only(listen({ port: 0, ports: 1 }));
     const { port } = listener.addr;
-    const never = clientOf(port, "--timeout", "0.2", "-c", "2");
-    assertEquals(await never.ended, 1);
-    await never.log.line(/0 succeeded, 2 failed, 2 timed out/);
+    await using two = clientOf(port, "--timeout", "0.2", "-c", "2");
+    assertEquals(await two.ended(), 1);
+    await two.log.line(/0 succeeded, 2 failed, 2 timed out/);
     listener.close();
-    const refused = clientOf(port);
-    assertEquals(await refused.ended, 1);
+    await using refused = clientOf(port);
+    assertEquals(await refused.ended(), 1);
     await refused.log.line(/0 succeeded, 100 failed, 100 refused/);
     await refused.log.line(/no echo has come back/);
   },
 );
 
-promise(
-  run,
-  "with --no-verify one read is a reply, whatever it brings",
+test(
+  "run",
+  "the client: with --no-verify one read is a reply, whatever it brings",
   async () => {
-    using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    using listener = only(listen({ port: 0, ports: 1 }));
     const size = 8_000_000; // more than sockets hold
     const options = ["-n", "2", "-s", `${size}`, "--no-verify", "-c", "1"];
-    const { log, ended } = clientOf(listener.addr.port, ...options);
-    const conn = await listener.accept();
+    await using one = clientOf(listener.addr.port, ...options);
+    const conn = await within(listener.accept(), "client");
     await conn.write(encode("early"));
     const buffer = new Uint8Array(64 * 1024);
     for (
@@ -1379,32 +2095,32 @@ promise(
       await conn.write(encode("done"));
     }
     await conn.write(encode("!")).finally(() => conn.close()); // too late to be a reply
-    assertEquals(await ended, 0);
-    await log.line(/1 succeeded, 0 failed/);
-    await log.line(/echoes {4}2, 10 bytes/);
+    assertEquals(await one.ended(), 0);
+    await one.log.line(/1 succeeded, 0 failed/);
+    await one.log.line(/echoes {4}2, 10 bytes/);
   },
 );
 
-promise(
-  run && posix,
-  "the client that is interrupted reports what it has done",
+test(
+  "signals",
+  "the client: one that is interrupted reports what it has done",
   async () => {
     const busy = Promise.withResolvers<void>();
     let messages = 0;
     const protocol = () => (bytes: Uint8Array) => {
-      if (++messages === 100) busy.resolve(); // at most one a client is on its way
+      if (++messages === 100) busy.resolve(); // at most one per client is on its way
       return bytes;
     };
-    await using server = start({ protocol, logger: {} });
-    const running = clientOf(server.port, "-c", "3", "-n", "1000000");
-    await busy.promise;
-    running.child.kill("SIGINT");
-    assertEquals(await running.ended, 1);
+    await using server = start(sockets, { protocol, logger: {} });
+    await using running = clientOf(server.port(), "-c", "3", "-n", "1000000");
+    await within(busy.promise, "100 messages");
+    running.kill("SIGINT");
+    assertEquals(await running.ended(), 1);
     assertMatch(
-      running.log.lines[0],
+      running.log.lines[0] ?? "",
       /^info clients {3}0 succeeded, 3 failed, 3 interrupted$/,
     );
-    assertMatch(running.log.lines[1], /^info echoes {4}[1-9]\d+, /);
+    assertMatch(running.log.lines[1] ?? "", /^info echoes {4}[1-9]\d+, /);
   },
 );
 
@@ -1412,8 +2128,9 @@ promise(
 
 /** Runs the README's nth program under a heading as it is printed, as if it stood beside the scripts. */
 function printed(heading: string, n: number, ...args: string[]) {
-  const section = readme.split(`\n## ${heading}\n`)[1].split("\n## ")[0];
-  const text = [...section.matchAll(/^```ts\n(.*?)^```$/gms)][n][1];
+  const [, section = ""] = readme.split(`\n## ${heading}\n`);
+  const [own = ""] = section.split("\n## ");
+  const text = [...own.matchAll(/^```ts\n(.*?)^```$/gms)][n]?.[1] ?? "";
   const server = import.meta.resolve("./select_server.ts");
   const beside = text.replaceAll('"./select_server.ts"', `"${server}"`);
   return command(
@@ -1423,21 +2140,27 @@ function printed(heading: string, n: number, ...args: string[]) {
 }
 
 /** A port that is free, and so is the next one. */
-async function freePort(): Promise<number> {
-  const [first, second] = await consecutive();
+function freePort(): number {
+  const [first, second] = consecutive();
   first.close();
   second.close();
   return first.addr.port;
 }
 
-async function connectSoon(port: number): Promise<Deno.Conn> {
-  while (true) {
+/** Connects to a command's port as soon as it listens. */
+async function connectSoon(
+  port: number,
+  { log }: ReturnType<typeof command>,
+): Promise<Deno.Conn> {
+  for (let i = 0; i < 500; i++) {
     try {
-      return await connect(port);
-    } catch {
-      await sleep(20); // it does not listen yet
+      return await sockets.connect(port);
+    } catch (error) {
+      if (!(error instanceof ConnectionRefused)) throw error;
+      await sleep(20);
     }
   }
+  throw new Error(`nobody listens on port ${port}; saw ${log}`);
 }
 
 const echoing: [string, (port: number) => string[], number][] = [
@@ -1445,61 +2168,58 @@ const echoing: [string, (port: number) => string[], number][] = [
   ["Why not just `Promise.race`", (port) => [`${port}`], 1],
 ];
 for (const [heading, args, ports] of echoing) {
-  promise(
-    withReadme,
-    `the README's program under "${heading}" echoes`,
+  test(
+    "readme",
+    `the README: the program under "${heading}" echoes`,
     async () => {
-      const port = await freePort();
-      const { child, ended } = printed(heading, 0, ...args(port));
-      const conns = await Promise.all(
-        [0, 1].map((i) => connectSoon(port + i % ports)),
-      );
+      const port = freePort();
+      await using program = printed(heading, 0, ...args(port));
+      const connect = (i = 0) => connectSoon(port + i % ports, program);
+      const conns = [await connect(0), await connect(1)];
       for (const text of ["one", "two"]) {
         for (const conn of conns) assertEquals(await ask(conn, text), text);
       }
       for (const conn of conns) conn.close();
-      await assertEchoed(port);
-      child.kill();
-      await ended;
+      await assertEchoed({ connect });
     },
   );
 }
 
-promise(
-  withReadme,
-  "the README's server of lines joins what is split",
+test(
+  "readme",
+  "the README: the server of lines joins what is split",
   async () => {
-    const { log, child, ended, port } = printed("Make it yours", 0, "0");
+    await using program = printed("Make it yours", 0, "0");
+    const port = await program.port();
     const [ann, bob] = [
-      await connect(await port()),
-      await connect(await port()),
+      await sockets.connect(port),
+      await sockets.connect(port),
     ];
-    const é = encode("é");
-    await ann.write(new Uint8Array([...encode("caf"), é[0]]));
+    const [start = 0, end = 0] = encode("é");
+    await ann.write(new Uint8Array([...encode("caf"), start]));
     assertEquals(await ask(bob, "other\r\n"), "1 other\n");
-    await ann.write(é.subarray(1));
-    await log.line(/client 1 .* sent 1 bytes/);
+    await ann.write(new Uint8Array([end]));
+    await program.log.line(/client 1 .* sent 1 bytes/);
     assertEquals(await ask(ann, "\nte"), "1 café\n");
     assertEquals(await ask(ann, "a\nmilk\n"), "2 tea\n3 milk\n");
     assertEquals(await ask(ann, "quit\n"), "");
     assertEquals(await ask(bob, "still\n"), "2 still\n");
     for (const conn of [ann, bob]) conn.close();
-    child.kill();
-    await ended;
   },
 );
 
-promise(
-  withReadme,
-  "the README's server of the time tells it to all its clients",
+test(
+  "readme",
+  "the README: the server of the time tells it to all its clients",
   async () => {
-    const port = await freePort();
-    const { child, ended } = printed("Make it yours", 1, `${port}`);
-    const conns = [await connectSoon(port), await connectSoon(port)];
+    const port = freePort();
+    await using program = printed("Make it yours", 1, `${port}`);
+    const conns = [
+      await connectSoon(port, program),
+      await connectSoon(port, program),
+    ];
     for (const conn of conns) assert(Date.parse(await hear(conn)) > 0);
     for (const conn of conns) conn.close();
-    child.kill();
-    await ended;
   },
 );
 
@@ -1507,22 +2227,31 @@ promise(
 
 for (const pending of [10, 100, 1000, 10_000]) {
   const group = `${pending} promises pending, one settles a turn`;
-  const never = Array.from(
-    { length: pending - 1 },
-    () => new Promise<number>(() => {}),
-  );
   const selector = new Selector<number>();
   const push = (value: number) => selector.push(value);
-  for (const promise of never) promise.then(push);
-  const n = 200; // no more: each race leaves a subscription behind at every pending promise
+  const others: Promise<number>[] = []; // made by the first pass
+  function makeOthers(): void {
+    while (others.length < pending - 1) {
+      const promise = never();
+      promise.then(push);
+      others.push(promise);
+    }
+  }
+  const n = 200; // no more: each race leaves a subscription at every promise
   Deno.bench(
     { name: `Selector, ${pending}`, group, baseline: true, n },
-    async () => {
+    async (bench) => {
+      makeOthers();
+      bench.start();
       Promise.resolve(1).then(push);
       await selector.select();
+      bench.end();
     },
   );
-  Deno.bench({ name: `Promise.race, ${pending}`, group, n }, async () => {
-    await Promise.race([...never, Promise.resolve(1)]);
+  Deno.bench({ name: `Promise.race, ${pending}`, group, n }, async (bench) => {
+    makeOthers();
+    bench.start();
+    await Promise.race([...others, Promise.resolve(1)]);
+    bench.end();
   });
 }

@@ -38,6 +38,8 @@ const readme = await granted({ name: "read" })
   : "";
 const withReadme = run && readme !== "";
 const canReset = net && "resetAndDestroy" in Socket.prototype; // Deno 2.7 on
+// Deno 2.8 leaves a connection open that is read from when it is closed.
+const cancels = !Deno.version.deno.startsWith("2.8.");
 const posix = Deno.build.os !== "windows";
 
 /** What a test needs, as its name says it, and whether that is there. */
@@ -46,6 +48,7 @@ const needs = {
   net: [" (needs --allow-net)", net],
   anyNet: [" (needs --allow-net for every host)", anyNet],
   reset: [" (needs --allow-net, Deno 2.7)", canReset],
+  cancels: [" (needs --allow-net, any Deno but 2.8)", net && cancels],
   run: [" (needs --allow-net --allow-run)", run],
   signals: [" (needs --allow-net --allow-run, no Windows)", run && posix],
   readme: [" (needs --allow-net --allow-run --allow-read)", withReadme],
@@ -56,11 +59,12 @@ function test(
   needed: keyof typeof needs,
   name: string,
   fn: () => void | Promise<void>,
+  limit = 60_000, // ms
 ): void {
   const [words, available] = needs[needed];
   Deno.test({
     name: name + words,
-    fn,
+    fn: () => within(Promise.resolve(fn()), "end of the test", "", limit),
     ignore: !available,
     sanitizeOps: true,
     sanitizeResources: true,
@@ -80,12 +84,12 @@ const blockFor = (ms: number) => {
 async function within<T>(
   promise: Promise<T>,
   what: string,
-  seen = () => "nothing",
+  seen: unknown = "nothing", // shown as a string
   ms = 10_000,
 ): Promise<T> {
   const late = Promise.withResolvers<never>();
   const timer = setTimeout(() => {
-    late.reject(new Error(`${ms} ms are over: no ${what}; saw ${seen()}`));
+    late.reject(new Error(`${ms} ms are over: no ${what}; saw: ${seen}`));
   }, ms);
   try {
     return await Promise.race([promise, late.promise]);
@@ -115,7 +119,7 @@ class Log {
     this.#waiting.push({ pattern, resolve });
     const line = this.lines.find((line) => pattern.test(line));
     if (line !== undefined) resolve(line);
-    return within(promise, `line like ${pattern}`, () => this.toString());
+    return within(promise, `line like ${pattern}`, this);
   }
 
   count(pattern: RegExp): number {
@@ -483,7 +487,7 @@ function inMemory(time: Time): Network {
 function testOnBoth(
   name: string,
   fn: (network: Network) => Promise<void>,
-  needed: "net" | "reset" = "net",
+  needed: "net" | "reset" | "cancels" = "net",
 ): void {
   test(
     "nothing",
@@ -537,16 +541,11 @@ testOnBoth("a network: what is closed rejects", async (network) => {
   const { port } = listener.addr;
   const client = await network.connect(port);
   const conn = await listener.accept();
-  const reading = conn.read(new Uint8Array(1));
-  const accepting = listener.accept();
-  const rejected = Promise.all([
-    assertRejects(() => reading, Interrupted),
-    assertRejects(() => accepting, BadResource),
-  ]);
+  const accepting = assertRejects(() => listener.accept(), BadResource);
   await sleep(10);
   conn.close();
   listener.close();
-  await rejected;
+  await accepting;
   await assertRejects(() => conn.read(new Uint8Array(1)), BadResource);
   await assertRejects(() => conn.write(new Uint8Array(1)), BadResource);
   await assertRejects(() => conn.closeWrite(), BadResource);
@@ -563,6 +562,21 @@ testOnBoth("a network: what is closed rejects", async (network) => {
   }, BrokenPipe);
   client.close();
 });
+
+testOnBoth(
+  "a network: a close ends the read that is pending",
+  async (network) => {
+    using listener = only(network.listen(1));
+    using _client = await network.connect(listener.addr.port);
+    const conn = await listener.accept();
+    const reading = conn.read(new Uint8Array(1));
+    const rejected = assertRejects(() => reading, Interrupted);
+    await sleep(10);
+    conn.close();
+    await rejected;
+  },
+  "cancels",
+);
 
 testOnBoth(
   "a network: a close with bytes unread resets, and so does a reset",
@@ -743,7 +757,7 @@ function start(
   const abort = new AbortController();
   const { signal } = abort;
   const serving = serve(listeners, { logger: log, ...options, signal });
-  const ended = () => within(serving, "end of serve", () => log.toString());
+  const ended = () => within(serving, "end of serve", log);
   const stop = () => {
     abort.abort();
     return ended();
@@ -1572,6 +1586,7 @@ test(
       }
     }
   },
+  others ? 2 ** 31 - 1 : 60_000,
 );
 
 // ---- Ports and replies
@@ -1680,8 +1695,7 @@ function command(script: string, args: string[], permission = "--allow-net") {
     kill: (signal: Deno.Signal = "SIGTERM") => child.kill(signal),
     /** Resolves to the exit code. */
     ended: async () => {
-      const seen = () => log.toString();
-      return (await within(exit, `end of ${script}`, seen, 20_000)).code;
+      return (await within(exit, `end of ${script}`, log, 20_000)).code;
     },
     port: async () => Number(/\d+$/.exec(await log.line(/listening on/))),
     [Symbol.asyncDispose]: async () => {
@@ -1835,7 +1849,7 @@ test(
     const reader = child.stdout.getReader();
     let printed = "";
     while (!printed.includes("\n")) {
-      const { value } = await within(reader.read(), "port", () => printed);
+      const { value } = await within(reader.read(), "port", printed);
       printed += decode(value ?? new Uint8Array(0));
     }
     await reader.cancel();
@@ -2230,13 +2244,13 @@ for (const pending of [10, 100, 1000, 10_000]) {
   const selector = new Selector<number>();
   const push = (value: number) => selector.push(value);
   const others: Promise<number>[] = []; // made by the first pass
-  function makeOthers(): void {
+  const makeOthers = () => {
     while (others.length < pending - 1) {
       const promise = never();
       promise.then(push);
       others.push(promise);
     }
-  }
+  };
   const n = 200; // no more: each race leaves a subscription at every promise
   Deno.bench(
     { name: `Selector, ${pending}`, group, baseline: true, n },

@@ -3,11 +3,12 @@
  * client: the select-based echo server of *Programming Python* (4th edition,
  * Example 12-9), for Deno 2.6 or later.
  *
- * The loop asks `select` which accepts, reads, replies and writes have
- * completed, and starts the next ones. It never awaits a single one of them.
- * So a client that does not read, or a reply that takes its time in a promise,
- * delays only itself. A reply that computes for a second delays every client
- * for a second, as in any single thread: keep it short, or use a Worker.
+ * The loop asks `select` which operations have completed: accepts, reads,
+ * replies and writes. Then it starts the next ones. It awaits `select` alone,
+ * and never one operation. So a client that does not read, or a reply that
+ * takes its time in a promise, delays only itself. A reply that computes for a
+ * second delays every client for a second, as in any single thread: keep it
+ * short, or use a Worker.
  *
  * Three words for time. A *turn* is one pass of the runtime's own event loop.
  * In a *round* each client that is ready is read from once. A *tick* comes
@@ -26,13 +27,13 @@ type Completion =
   | { type: "received"; client: Client; count: number | null }
   | { type: "replied"; client: Client; bytes: Uint8Array | null }
   | { type: "owed"; client: Client }
-  | { type: "sent"; client: Client; count: number }
+  | { type: "written"; client: Client; count: number }
   | { type: "failed"; client: Client; why: string; level: Level }
   | { type: "tick" | "abort" };
 
 type Push = (completion: Completion) => void;
 type Level = "error" | "info" | "debug";
-type Connection = Deno.Conn | Deno.TcpConn; // only one of TCP has options
+type Connection = Deno.Conn | Deno.TcpConn; // a TCP connection has options
 
 /**
  * What a {@linkcode Handler} replies: bytes, or a string, which is sent as
@@ -42,11 +43,11 @@ type Connection = Deno.Conn | Deno.TcpConn; // only one of TCP has options
 export type Reply = Uint8Array | string | null | void;
 
 /**
- * Replies to what one read has brought, at once or in a promise. It is called
- * again for the same client only when that reply is out, so replies stay in
- * order. Until then both arrays are in use. So copy what you keep of `bytes`,
- * as its buffer takes the next message, and do not change bytes that you have
- * returned.
+ * Replies to what one read has brought, at once or in a promise. For the same
+ * client it is called again when the system has taken that reply, so replies
+ * stay in order. Until then the server uses `bytes` and the reply: do not change
+ * bytes that you have returned. Then the next message overwrites `bytes`: copy
+ * what you keep of it. A message may be a part of a line, or many lines.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -84,7 +85,8 @@ export interface Peer {
   readonly closed: Promise<void>;
   /**
    * Sends bytes, or a string as UTF-8, after all that the client is owed
-   * already. Bytes are copied. After a goodbye it does nothing.
+   * already. Bytes are copied. If more wait then than the `sendLimit` of the
+   * server, the client is closed. After a goodbye nothing is sent.
    *
    * @throws {TypeError} If `data` is neither bytes nor a string.
    */
@@ -103,21 +105,21 @@ const encoder = new TextEncoder();
 
 class Client implements Peer {
   reading = false; // a read is pending, or waits for the next round
-  replying = false; // its handler has been called, and its reply is not there
+  replying = false; // its handler has been called, its reply is not ready
   writing = false; // a write is pending, or waits for the next round
-  ending = false; // goodbye: no more messages of it, no more sends to it
-  ended = false; // it has ended its stream: there is nothing more to read
-  halfClosed = false; // we have ended ours
+  leaving = false; // goodbye: no more messages from it, no more sends to it
+  theyEnded = false; // it has ended its stream: there is nothing more to read
+  weEnded = false; // we have ended ours
   ticks = 0; // since it last made progress
   ticksLeaving = 0; // since the stop, or since we ended our stream
   buffer = new Uint8Array(SMALL_BUFFER);
   bufferSize = SMALL_BUFFER; // from the next read on
-  unsent: Uint8Array = EMPTY; // what it is owed
-  replyLength = 0; // how much of that is its reply, until all is out
+  unsent: Uint8Array = EMPTY; // what it is owed: bytes for it to read
+  replyLength = 0; // of its last reply, or 0 when nothing is owed
   handle: Handler = echo; // what its protocol has returned
-  readonly left = Promise.withResolvers<void>();
-  readonly closed = this.left.promise;
-  #block = EMPTY; // `unsent` is a part of it if something was sent
+  readonly end = Promise.withResolvers<void>();
+  readonly closed = this.end.promise;
+  #block = EMPTY; // where `owe` copies to, and where `unsent` then lies
 
   constructor(
     readonly name: string,
@@ -135,19 +137,18 @@ class Client implements Peer {
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
   };
   startWrite = () => {
-    this.conn.write(this.unsent).then(this.onSent, this.onFailed);
+    this.conn.write(this.unsent).then(this.onWritten, this.onFailed);
   };
   onReceived = (count: number | null) =>
     this.push({ type: "received", client: this, count });
-  onReplied = (reply: Reply) => {
-    const bytes = reply === null ? null : bytesOf(reply ?? EMPTY);
-    this.push({ type: "replied", client: this, bytes });
-  };
+  onReplied = (reply: Reply) =>
+    this.push({ type: "replied", client: this, bytes: bytesOfReply(reply) });
   onReplyFailed = (error: unknown) => {
     const why = describe(error, true); // with its stack: it is our own mistake
     this.push({ type: "failed", client: this, why, level: "error" });
   };
-  onSent = (count: number) => this.push({ type: "sent", client: this, count });
+  onWritten = (count: number) =>
+    this.push({ type: "written", client: this, count });
   onFailed = (error: unknown) => {
     const why = describe(error);
     this.push({ type: "failed", client: this, why, level: "info" });
@@ -156,17 +157,18 @@ class Client implements Peer {
   // What its protocol may ask of it. The loop goes on from there.
   send(data: Uint8Array | string): void {
     const bytes = bytesOf(data);
-    if (this.ending) return;
-    // Otherwise the loop knows already that it is owed something.
+    if (this.leaving) return;
+    // If bytes wait already, the loop knows.
     if (this.unsent.length === 0) this.push({ type: "owed", client: this });
     this.owe(bytes);
     const waiting = this.unsent.length - this.replyLength;
     if (waiting <= this.sendLimit) return;
-    this.ending = true;
-    this.onFailed(new Error(`${waiting} bytes wait that it does not read`));
+    this.leaving = true;
+    this.onFailed(new RangeError(`${waiting} bytes wait, too many to send`));
   }
   close(): void {
-    this.ending = true;
+    this.leaving = true;
+    this.ticks = 0;
     this.push({ type: "owed", client: this });
   }
   get bufferedAmount(): number {
@@ -220,10 +222,10 @@ export interface ServeOptions {
    */
   protocol?: (peer: Peer) => Handler;
   /**
-   * Closes a client that makes no progress for so long: nothing comes from it,
-   * no reply is ready, and it does not read enough to make room in the system's
-   * buffers. So a client whose reply takes longer is closed, too. By default
-   * there is no such limit.
+   * Closes a client that makes no progress for so long. Progress is a message
+   * that comes, a reply that is ready, or room in the system's buffer, which is
+   * there when the client has read enough. So a client whose reply takes longer
+   * is closed, too. By default there is no such limit.
    */
   idleTimeout?: number;
   /**
@@ -235,9 +237,11 @@ export interface ServeOptions {
   /** Stops the server when it aborts. */
   signal?: AbortSignal;
   /**
-   * How long a goodbye may take. When this time is over, a stop closes the
-   * clients that are still owed something. A client whose stream we have ended,
-   * and that goes on sending, is closed then, too. By default 5,000.
+   * How long a goodbye may take. A stop closes every client that is still there
+   * after this time. Any other goodbye closes a client that makes no progress
+   * for so long, and one that still sends so long after its stream has ended. A
+   * client that is owed nothing, and is silent for 500 ms, is closed before. By
+   * default 5,000.
    */
   grace?: number;
   /**
@@ -254,8 +258,9 @@ const LINGER = 500; // ms: so long may a client be silent after its goodbye
 
 /**
  * Serves every client of every listener in one loop. Resolves when all the
- * listeners are closed, as an abort of the signal does, and all the clients
- * have left. Trouble with one client closes that client and no other.
+ * listeners are closed and all the clients have left. An abort of the signal
+ * closes the listeners, and says goodbye to the clients. Trouble with one client
+ * closes that client and no other.
  *
  * @throws {RangeError} If `idleTimeout` is not above 0, or `grace` or
  * `sendLimit` is not 0 or more.
@@ -272,7 +277,7 @@ const LINGER = 500; // ms: so long may a client be silent after its goodbye
  *   },
  *   signal: AbortSignal.timeout(100),
  * });
- * console.log(totals); // { clients: 0, messages: 0, bytes: 0 }
+ * console.log(totals); // nobody came: { clients: 0, messages: 0, bytes: 0 }
  * ```
  */
 export async function serve(
@@ -292,8 +297,8 @@ export async function serve(
   const clients = new Set<Client>();
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
   let nextTick: ReturnType<typeof setTimeout> | undefined;
-  // Defined while descriptors are short.
-  let acceptingAgain: ReturnType<typeof setTimeout> | undefined;
+  // While descriptors are short: it says so when they are back.
+  let shortage: ReturnType<typeof setTimeout> | undefined;
   const onAbort = () => push({ type: "abort" });
   signal?.addEventListener("abort", onAbort);
   if (signal?.aborted) onAbort();
@@ -314,14 +319,14 @@ export async function serve(
         case "received": // null is the end of its stream
           receive(completion.client, completion.count);
           break;
-        case "replied": // its handler has replied, at once or after a while
+        case "replied": // a reply that has taken its time in a promise
           takeReply(completion.client, completion.bytes);
           break;
         case "owed": // something was sent to it, or goodbye was said to it
           goOn(completion.client);
           break;
-        case "sent": // perhaps a part only: the rest goes out in the next round
-          takeSent(completion.client, completion.count);
+        case "written": // perhaps a part only: the rest goes out in the next round
+          takeWritten(completion.client, completion.count);
           break;
         case "failed": // reset, broken pipe, no reply: it ends this client alone
           disconnect(completion.client, completion.why, completion.level);
@@ -335,20 +340,20 @@ export async function serve(
         case "abort": // no more clients, no more messages: say goodbye to all
           stop();
           break;
-        default:
+        default: // the compiler checks that no case is missing
           completion satisfies never;
       }
     }
   }
   clearTimeout(nextTick);
-  clearTimeout(acceptingAgain);
+  clearTimeout(shortage);
   signal?.removeEventListener("abort", onAbort);
   const { clients: served, messages, bytes } = totals;
   log("info", `served ${served} clients, ${messages} messages, ${bytes} bytes`);
   return totals;
 
-  // Only the steps of the loop follow. Functions that are declared can be
-  // called from above, and so the loop could come first.
+  // Only the steps of the loop follow. A function that is declared may be called
+  // above its declaration, so the loop could come first.
 
   function startAccept(listener: Deno.Listener): void {
     listener.accept().then(
@@ -358,8 +363,8 @@ export async function serve(
   }
 
   function welcome(conn: Connection): void {
-    const number = ++totals.clients;
-    const name = `client ${number} (${formatAddress(conn.remoteAddr)})`;
+    const id = ++totals.clients;
+    const name = `client ${id} (${formatAddress(conn.remoteAddr)})`;
     const client = new Client(name, conn, sendLimit, push);
     clients.add(client);
     log("info", `${name} connected`);
@@ -371,7 +376,7 @@ export async function serve(
       if ("setKeepAlive" in conn) conn.setKeepAlive();
     } catch { /* a client that has reset already: its first read says so */ }
     if (idleTimeout < Infinity) startTick();
-    client.ending = signal?.aborted ?? false;
+    client.leaving = signal?.aborted ?? false; // accepted just before the stop
     try {
       client.handle = protocol(client);
       goOn(client);
@@ -381,26 +386,26 @@ export async function serve(
   }
 
   /**
-   * Starts what a client waits for next: it is asked after everything that
-   * changes a client. A client that is owed something is not read from, so one
-   * that does not read cannot make us keep more and more (back-pressure).
+   * Starts what comes next for a client, in the next round. It is called after
+   * every change of a client. While a client is owed something, no new read of it starts: so a
+   * client that does not read cannot make us keep more and more (back-pressure).
    */
   function goOn(client: Client): void {
+    if (client.leaving) startTick();
     if (client.unsent.length > 0) {
       if (client.writing) return;
       client.writing = true;
-      client.startWrite();
-    } else if (client.ended) {
+      selector.nextRound(client.startWrite);
+    } else if (client.theyEnded) {
       disconnect(client, "end of stream", "info");
     } else if (!client.replying) {
-      if (client.ending && !client.halfClosed) {
+      if (client.leaving && !client.weEnded) {
         // Ends our stream. Theirs is read to its end, unanswered: to close with
         // bytes unread would reset the connection, and a reply on its way would
         // be lost (RFC 1122, 4.2.2.13).
-        client.halfClosed = true;
+        client.weEnded = true;
         client.ticks = 0;
         client.conn.closeWrite().catch(client.onFailed);
-        startTick();
       }
       if (client.reading) return;
       client.reading = true;
@@ -411,8 +416,8 @@ export async function serve(
   function receive(client: Client, count: number | null): void {
     client.reading = false;
     client.ticks = 0;
-    if (count === null) client.ended = client.ending = true;
-    else if (!client.ending) answer(client, count);
+    if (count === null) client.theyEnded = client.leaving = true;
+    else if (!client.leaving) answer(client, count);
     goOn(client);
   }
 
@@ -423,34 +428,39 @@ export async function serve(
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
     client.replying = true;
-    const { onReplied, onReplyFailed } = client;
     try {
       const reply = client.handle(client.buffer.subarray(0, count));
-      const isThere = reply instanceof Uint8Array ||
+      const isReady = reply instanceof Uint8Array ||
         typeof reply !== "object" || reply === null;
-      if (isThere) onReplied(reply);
-      else Promise.resolve(reply).then(onReplied).catch(onReplyFailed);
+      if (isReady) return takeReply(client, bytesOfReply(reply));
+      const replying = Promise.resolve(reply).then(client.onReplied);
+      replying.catch(client.onReplyFailed);
     } catch (error) {
-      onReplyFailed(error);
+      client.onReplyFailed(error);
     }
   }
 
   function takeReply(client: Client, bytes: Uint8Array | null): void {
     client.replying = false;
     client.ticks = 0;
-    if (bytes === null) client.ending = true;
-    else if (client.unsent.length > 0) client.owe(bytes);
-    else if (bytes.length > 0) client.unsent = bytes; // this is no copy
     client.replyLength = bytes?.length ?? 0;
+    if (bytes === null) {
+      client.leaving = true;
+    } else if (client.unsent.length > 0) {
+      client.owe(bytes);
+    } else if (bytes.length > 0) {
+      client.unsent = bytes; // the usual case: no copy, and at once
+      client.writing = true;
+      client.startWrite();
+    }
     goOn(client);
   }
 
-  function takeSent(client: Client, count: number): void {
+  function takeWritten(client: Client, count: number): void {
+    client.writing = false;
     client.ticks = 0;
     client.paid(count);
-    client.writing = client.unsent.length > 0;
-    if (client.writing) selector.nextRound(client.startWrite);
-    else goOn(client);
+    goOn(client);
   }
 
   function disconnect(client: Client, why: string, level: Level) {
@@ -458,9 +468,9 @@ export async function serve(
     const doing = writing ? "writing" : replying ? "replying" : "reading";
     log(level, `${name} disconnected while ${doing}: ${why}`);
     clients.delete(client);
-    client.ending = true;
+    client.leaving = true;
     client.paid(client.unsent.length); // it is owed nothing any more
-    client.left.resolve();
+    client.end.resolve();
     // Deno 2.8 leaves a connection open that is closed while it is read from,
     // so end its stream first. This fails if it has been reset: no matter.
     conn.closeWrite().catch(() => {});
@@ -469,19 +479,21 @@ export async function serve(
 
   function acceptFailed(listener: Deno.Listener, error: unknown): void {
     if (GAVE_UP.some((kind) => error instanceof kind)) {
-      startAccept(listener);
+      // In a round: a crowd that does only this must not hold up the loop.
+      selector.nextRound(() => startAccept(listener));
     } else if (error instanceof Deno.errors.BadResource) {
       listening.delete(listener); // a stop has closed it, or somebody else
       log("info", `${formatAddress(listener.addr)} is closed`);
     } else {
-      if (acceptingAgain === undefined) {
+      if (shortage === undefined) {
         log("error", `accepting pauses: ${describe(error)}`);
       }
-      clearTimeout(acceptingAgain);
-      acceptingAgain = selector.after(2 * TICK, () => {
-        acceptingAgain = undefined;
-        log("error", "accepting again"); // it takes back a line at that level
+      clearTimeout(shortage);
+      shortage = selector.after(2 * TICK, () => {
+        shortage = undefined;
+        log("error", "accepting again"); // as severe as the line before it
       });
+      // After a stop it finds that the listener is closed.
       selector.after(TICK, () => startAccept(listener));
     }
   }
@@ -491,45 +503,51 @@ export async function serve(
   }
 
   /**
-   * A tick comes after all that is ready, as `after` does. So a client that has
-   * sent in time is never closed because the loop is late. The first tick may
-   * come at once, and so it does not count.
+   * A tick comes after all that is ready by then (see `after`). So a client that
+   * has sent in time is never closed because the loop is late. The first tick
+   * may follow a client's last progress at once, and so it does not count.
    */
   function tick(): void {
     nextTick = undefined;
     const stopping = signal?.aborted ?? false;
+    const patience = stopping ? grace : Math.max(grace, LINGER);
     for (const client of clients) {
-      const leaving = client.halfClosed || stopping;
-      const limit = client.halfClosed ? LINGER : Infinity;
+      const { leaving, weEnded, replying } = client;
       const idle = TICK * client.ticks++;
-      const level = client.replying ? "error" : "info"; // we owe it a reply
+      const since = weEnded || stopping ? TICK * client.ticksLeaving++ : 0;
+      const limit = weEnded
+        ? LINGER
+        : leaving && !stopping
+        ? patience
+        : Infinity;
+      const level = replying ? "error" : "info"; // we owe it a reply
       if (idle >= Math.min(limit, idleTimeout)) {
         disconnect(client, `no progress for ${idle / 1000} s`, level);
-      } else if (leaving && TICK * client.ticksLeaving++ >= grace) {
+      } else if (since >= patience) {
         disconnect(client, "the grace time is over", level);
-      } else if (leaving || idleTimeout < Infinity) startTick();
+      } else if (leaving || idleTimeout < Infinity) {
+        startTick();
+      }
     }
   }
 
   function stop(): void {
     log("info", `stopping: ${clients.size} clients are connected`);
-    clearTimeout(acceptingAgain);
+    clearTimeout(shortage);
     // What is closed makes its accept fail.
     for (const listener of listening) listener[Symbol.dispose]();
     for (const client of clients) {
-      client.ending = true;
+      client.leaving = true;
       goOn(client);
     }
-    startTick();
   }
 
   function log(level: Level, line: string): void {
     try {
       // An error may quote what a client has sent: it must not make a new line.
-      logger[level]?.(line.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " "));
-    } catch {
-      /* a log that cannot be written costs no client its connection */
-    }
+      const safe = line.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
+      Promise.resolve(logger[level]?.(safe)).catch(() => {}); // as below
+    } catch { /* a log that fails costs no client its connection */ }
   }
 }
 
@@ -537,8 +555,8 @@ export async function serve(
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;
 const GAVE_UP = [NotConnected, ConnectionAborted, ConnectionReset];
 
-function check(name: string, value: number, right: boolean, expected: string) {
-  if (!right) throw new RangeError(`${name} is ${value}, expected ${expected}`);
+function check(name: string, value: number, valid: boolean, expected: string) {
+  if (!valid) throw new RangeError(`${name} is ${value}, expected ${expected}`);
 }
 
 function formatAddress(addr: Deno.Addr): string {
@@ -557,6 +575,10 @@ function describe(error: unknown, withStack = false): string {
   }
 }
 
+function bytesOfReply(reply: Reply): Uint8Array | null {
+  return reply === null ? null : bytesOf(reply ?? EMPTY);
+}
+
 function bytesOf(data: unknown): Uint8Array {
   if (typeof data === "string") return encoder.encode(data);
   if (data instanceof Uint8Array) return data;
@@ -565,21 +587,22 @@ function bytesOf(data: unknown): Uint8Array {
 
 // ---- The selector
 
-// These three numbers follow from the runtime. In one turn tokio completes at
-// most 128 operations of a task, and puts off the rest (`tokio::task::coop`).
-// It looks at those again within 61 turns (`event_interval`). Where another
-// runtime does otherwise, they cost speed or fairness, not correctness.
+// Three numbers that follow from the runtime. To tokio, which does Deno's I/O,
+// this program is one task. In one turn tokio completes at most 128 operations
+// of a task, and puts off the rest (`tokio::task::coop`). It comes back to those
+// within 61 turns (`event_interval`). Where a runtime does otherwise, the
+// numbers cost speed or fairness, not correctness.
 
 // How many operations of a round start in one turn. Each read leads to a write
-// soon after, and 60 reads with their 60 writes fit into the 128.
+// soon after, and 60 reads and their 60 writes fit into the 128.
 const BATCH = 60;
 
-// If so many have completed, the 128 may be used up, and others put off. A busy
-// server reaches 120 in every turn, with 60 reads and 60 writes. That is meant:
-// then those put off come in before each new round, and no client starves.
+// From so many completions at once on, some operations may have been put off. A
+// busy server has 120 in nearly every turn: 60 reads and 60 writes. That is
+// meant: so each round waits for those put off, and no client starves.
 const CROWD = 120;
 
-// How many turns a new round then waits for those put off: more than 61.
+// For how many turns a round waits for those put off: for more than 61.
 const CATCH_UP = 64;
 
 const LONGEST = 2 ** 31 - 1; // ms, as a timer holds 31 bits
@@ -588,8 +611,8 @@ const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));
 /**
  * The select of promises. `select(2)` tells which sockets are *ready* for an
  * operation. This one tells which operations are *complete*: start one, and in
- * its `then` push a record of it, a `T` of your choice. So each promise is
- * subscribed to once, while `Promise.race` subscribes to all of them each time.
+ * its `then` push a record of it, a `T` of your choice. So each promise gets one
+ * `then`, while `Promise.race` gives one more to all of them at each call.
  *
  * @typeParam T A record of what has completed.
  * @example
@@ -607,22 +630,22 @@ export class Selector<T> {
   #round: (() => void)[] = []; // what is still to start in this round
   #nextRound: (() => void)[] = [];
   #turnsLeft = 0; // before the next round
-  #sleep: PromiseWithResolvers<void> | undefined; // while there is nothing to do
+  #wakeUp: PromiseWithResolvers<void> | undefined; // while it sleeps
 
   /** Adds a record of what has completed: the next `select` hands it out. */
   push(completion: T): void {
     this.#completed.push(completion);
-    this.#sleep?.resolve();
+    this.#wakeUp?.resolve();
   }
 
   /**
    * Starts an operation in the next round: when all that has completed by then
-   * has been handed out. So no client has its second turn before each client
-   * that is ready has had its first. It is `select` that starts it.
+   * has been handed out. So no client is read from twice before each client that
+   * is ready has been read from once. It is `select` that starts it.
    */
   nextRound(start: () => void): void {
     this.#nextRound.push(start);
-    this.#sleep?.resolve();
+    this.#wakeUp?.resolve();
   }
 
   /**
@@ -634,7 +657,7 @@ export class Selector<T> {
   after(ms: number, start: () => void): ReturnType<typeof setTimeout> {
     check("ms", ms, ms <= LONGEST, `at most ${LONGEST}`);
     return setTimeout(() => {
-      this.#turnsLeft = CATCH_UP;
+      this.#turnsLeft = CATCH_UP; // what is ready by now comes first
       this.nextRound(start);
     }, ms);
   }
@@ -642,7 +665,8 @@ export class Selector<T> {
   /**
    * Resolves to all that has completed since the last call, in order, when
    * there is something. If `timeout` milliseconds pass before, it resolves to
-   * an empty list. With 0 it only polls: it takes what is ready.
+   * an empty list. With 0 it polls: it waits for no longer than a look at what
+   * is ready takes.
    *
    * @throws {RangeError} If `timeout` is finite, and more than a timer holds.
    */
@@ -653,21 +677,21 @@ export class Selector<T> {
       : undefined;
     while (this.#completed.length === 0 && !timeIsUp) {
       if (this.#round.length > 0) {
-        // A round is on: start the next operations of it.
+        // A round is going on: start some more of its operations.
         for (const start of this.#round.splice(0, BATCH)) start();
         await turn();
       } else if (this.#turnsLeft > 0) {
-        // The round is over. First let those come in that were put off.
+        // It is over. Before the next, let those come in that were put off.
         this.#turnsLeft--;
         await turn();
       } else if (this.#nextRound.length > 0) {
-        // Each client that was ready has had its turn: begin the next round.
+        // All that was ready has been handed out: begin the next round.
         this.#round = this.#nextRound.splice(0);
       } else {
-        // There is nothing to start: sleep until a push or a nextRound.
-        const sleep = this.#sleep ??= Promise.withResolvers<void>();
-        await sleep.promise;
-        if (sleep === this.#sleep) this.#sleep = undefined;
+        // There is nothing to start: sleep until push or nextRound is called.
+        const wakeUp = this.#wakeUp ??= Promise.withResolvers<void>();
+        await wakeUp.promise;
+        if (wakeUp === this.#wakeUp) this.#wakeUp = undefined;
       }
     }
     clearTimeout(timer);
@@ -803,14 +827,14 @@ async function main(): Promise<void> {
     : Infinity;
   const listeners = listen({ hostname, port, ports });
 
-  const stop = new AbortController();
-  const { signal } = stop;
+  const stopper = new AbortController();
+  const { signal } = stopper;
   let stoppedAt = Infinity;
   const onSignal = () => {
     // A terminal, `deno task` or a service manager may send a signal twice.
     if (performance.now() > stoppedAt + REPEAT) Deno.exit(1);
     stoppedAt = Math.min(stoppedAt, performance.now());
-    stop.abort();
+    stopper.abort();
   };
   const signals = Deno.build.os === "windows"
     ? ["SIGINT", "SIGBREAK"] as const
@@ -828,7 +852,10 @@ async function main(): Promise<void> {
   };
   const protocol = () => ms > 0 ? delayed : reply;
   await serve(listeners, { protocol, idleTimeout, signal, logger });
-  await Promise.race([Promise.all([out.written, err.written]), delay(500)]);
+  await Promise.race([
+    Promise.all([out.written, err.written]),
+    delay(LAST_WORDS),
+  ]);
 }
 
 /**
@@ -844,7 +871,7 @@ class Printer {
   constructor(readonly stream: Pick<typeof Deno.stdout, "write">) {}
 
   print = (line: string): void => {
-    if (this.#lines.length === MOST_LINES) this.#dropped++;
+    if (this.#lines.length === MAX_LINES) this.#dropped++;
     else if (this.#lines.push(line) === 1) {
       this.written = this.written.then(() => this.#write()).catch(() => {});
     }
@@ -860,8 +887,9 @@ class Printer {
   }
 }
 
-const MOST_LINES = 10_000; // that wait to be read
-const REPEAT = 300; // ms: nobody presses Ctrl-C a second time so soon
+const MAX_LINES = 10_000; // that wait to be read
+const REPEAT = 300; // ms: no person presses Ctrl-C a second time so soon
+const LAST_WORDS = 500; // ms: so long may the last lines take to be read
 
 if (import.meta.main) {
   await main().catch((error) => {

@@ -45,9 +45,10 @@ export type Reply = Uint8Array | string | null | void;
 /**
  * Replies to what one read has brought, at once or in a promise. For the same
  * client it is called again when the system has taken that reply, so replies
- * stay in order. Until then the server uses `bytes` and the reply: do not change
- * bytes that you have returned. Then the next message overwrites `bytes`: copy
- * what you keep of it. A message may be a part of a line, or many lines.
+ * stay in order. Until then the server uses `bytes` and the reply: do not
+ * change, reuse or transfer what you have returned. Afterwards the next message
+ * overwrites `bytes`: copy what you keep of it. A message may be a part of a
+ * line, or many lines.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -154,7 +155,7 @@ class Client implements Peer {
     this.push({ type: "failed", client: this, why, level: "info" });
   };
 
-  // What its protocol may ask of it. The loop goes on from there.
+  // What its protocol may do with it. The loop goes on from there.
   send(data: Uint8Array | string): void {
     const bytes = bytesOf(data);
     if (this.leaving) return;
@@ -180,6 +181,7 @@ class Client implements Peer {
   get localAddr(): Deno.Addr {
     return this.conn.localAddr;
   }
+
   /**
    * Copies bytes behind what it is owed, so that one write takes all of it. If
    * each line were a write of its own, a client that is sent many lines would
@@ -259,8 +261,8 @@ const LINGER = 500; // ms: so long may a client be silent after its goodbye
 /**
  * Serves every client of every listener in one loop. Resolves when all the
  * listeners are closed and all the clients have left. An abort of the signal
- * closes the listeners, and says goodbye to the clients. Trouble with one client
- * closes that client and no other.
+ * closes the listeners, and says goodbye to the clients. Trouble with one
+ * client closes that client and no other.
  *
  * @throws {RangeError} If `idleTimeout` is not above 0, or `grace` or
  * `sendLimit` is not 0 or more.
@@ -325,10 +327,10 @@ export async function serve(
         case "owed": // something was sent to it, or goodbye was said to it
           goOn(completion.client);
           break;
-        case "written": // perhaps a part only: the rest goes out in the next round
+        case "written": // perhaps a part only: the rest goes out next
           takeWritten(completion.client, completion.count);
           break;
-        case "failed": // reset, broken pipe, no reply: it ends this client alone
+        case "failed": // reset, broken pipe, no reply: it ends this client
           disconnect(completion.client, completion.why, completion.level);
           break;
         case "accept failed": // that client gave up, or descriptors ran out
@@ -352,8 +354,8 @@ export async function serve(
   log("info", `served ${served} clients, ${messages} messages, ${bytes} bytes`);
   return totals;
 
-  // Only the steps of the loop follow. A function that is declared may be called
-  // above its declaration, so the loop could come first.
+  // Only the steps of the loop follow. A function may be called above its
+  // declaration, so the loop could come first.
 
   function startAccept(listener: Deno.Listener): void {
     listener.accept().then(
@@ -387,8 +389,9 @@ export async function serve(
 
   /**
    * Starts what comes next for a client, in the next round. It is called after
-   * every change of a client. While a client is owed something, no new read of it starts: so a
-   * client that does not read cannot make us keep more and more (back-pressure).
+   * every change of a client. While a client is owed something, no new read of
+   * it starts. So a client that does not read cannot make us keep more and more
+   * (back-pressure).
    */
   function goOn(client: Client): void {
     if (client.leaving) startTick();
@@ -503,9 +506,9 @@ export async function serve(
   }
 
   /**
-   * A tick comes after all that is ready by then (see `after`). So a client that
-   * has sent in time is never closed because the loop is late. The first tick
-   * may follow a client's last progress at once, and so it does not count.
+   * A tick comes after all that is ready by then (see `after`). So a client
+   * that has sent in time is never closed because the loop is late. The first
+   * tick may follow a client's last progress at once, and so it does not count.
    */
   function tick(): void {
     nextTick = undefined;
@@ -515,13 +518,10 @@ export async function serve(
       const { leaving, weEnded, replying } = client;
       const idle = TICK * client.ticks++;
       const since = weEnded || stopping ? TICK * client.ticksLeaving++ : 0;
-      const limit = weEnded
-        ? LINGER
-        : leaving && !stopping
-        ? patience
-        : Infinity;
+      const leaves = leaving && !stopping ? patience : Infinity;
+      const limit = Math.min(idleTimeout, weEnded ? LINGER : leaves);
       const level = replying ? "error" : "info"; // we owe it a reply
-      if (idle >= Math.min(limit, idleTimeout)) {
+      if (idle >= limit) {
         disconnect(client, `no progress for ${idle / 1000} s`, level);
       } else if (since >= patience) {
         disconnect(client, "the grace time is over", level);
@@ -589,15 +589,15 @@ function bytesOf(data: unknown): Uint8Array {
 
 // Three numbers that follow from the runtime. To tokio, which does Deno's I/O,
 // this program is one task. In one turn tokio completes at most 128 operations
-// of a task, and puts off the rest (`tokio::task::coop`). It comes back to those
-// within 61 turns (`event_interval`). Where a runtime does otherwise, the
+// of a task, and puts off the rest (`tokio::task::coop`). It comes back to them
+// within 61 turns (`event_interval`). Where a runtime does otherwise, these
 // numbers cost speed or fairness, not correctness.
 
 // How many operations of a round start in one turn. Each read leads to a write
 // soon after, and 60 reads and their 60 writes fit into the 128.
 const BATCH = 60;
 
-// From so many completions at once on, some operations may have been put off. A
+// With so many completions at once, some operations may have been put off. A
 // busy server has 120 in nearly every turn: 60 reads and 60 writes. That is
 // meant: so each round waits for those put off, and no client starves.
 const CROWD = 120;
@@ -611,8 +611,8 @@ const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));
 /**
  * The select of promises. `select(2)` tells which sockets are *ready* for an
  * operation. This one tells which operations are *complete*: start one, and in
- * its `then` push a record of it, a `T` of your choice. So each promise gets one
- * `then`, while `Promise.race` gives one more to all of them at each call.
+ * its `then` push a record of it, a `T` of your choice. So each promise gets
+ * one `then`, while `Promise.race` gives one more to all of them at each call.
  *
  * @typeParam T A record of what has completed.
  * @example
@@ -640,8 +640,8 @@ export class Selector<T> {
 
   /**
    * Starts an operation in the next round: when all that has completed by then
-   * has been handed out. So no client is read from twice before each client that
-   * is ready has been read from once. It is `select` that starts it.
+   * has been handed out. So no client is read from twice before each client
+   * that is ready has been read from once. It is `select` that starts it.
    */
   nextRound(start: () => void): void {
     this.#nextRound.push(start);
@@ -703,16 +703,17 @@ export class Selector<T> {
 // ---- Ports and replies
 
 /** Where to {@linkcode listen}. */
-export type ListenOptions = {
+export interface ListenOptions {
+  /** An address or a name. By default 127.0.0.1, for this machine only. */
   hostname?: string;
+  /** The first port, by default 50007. With 0 the system chooses each port. */
   port?: number;
+  /** How many ports, one after the other. By default 1. */
   ports?: number;
-};
+}
 
 /**
- * Opens `ports` consecutive ports: all of them or, if one cannot be opened,
- * none. By default it opens one port, the book's 50007, at 127.0.0.1, which
- * only this machine reaches. With port 0 the system chooses each port.
+ * Opens consecutive ports: all of them or, if one cannot be opened, none.
  *
  * @throws {RangeError} If `ports` is not a whole number from 1 up.
  * @throws {Error} If a port cannot be opened. The message names it, and the

@@ -1701,7 +1701,7 @@ class Actor {
   /** Sends it some bytes, which count if the server has taken them. */
   send(random: (below: number) => number): void {
     if (this.peer === undefined) return;
-    const length = random(30);
+    const length = random(50);
     const bytes = Uint8Array.from({ length }, () => 128 + random(128));
     const before = this.peer.bufferedAmount;
     this.peer.send(bytes);
@@ -1749,7 +1749,7 @@ async function history(seed: number, time: Time, log: Log): Promise<void> {
       messages++;
       actor.heard.push(...bytes);
       actor.heardAt = time.now();
-      if (random(5) === 0) someActor()?.send(random);
+      if (random(4) === 0) someActor()?.send(random);
       const reply = replyTo(actor, bytes);
       if (random(10) > 0) return reply();
       return sleep(random(100)).then(() => {

@@ -1161,6 +1161,35 @@ testOnBoth(
 );
 
 testOnBoth(
+  "serve: a reply may be larger than the limit of what is sent, which holds again after it",
+  async (network) => {
+    let ann: Peer | undefined;
+    await using server = start(network, {
+      protocol(peer) {
+        ann = peer;
+        return () => new Uint8Array(3_000_000);
+      },
+    });
+    const conn = await say(server, "all");
+    assert(ann !== undefined);
+    ann.send("and this");
+    const buffer = new Uint8Array(64 * 1024);
+    for (let left = 3_000_008; left > 0;) {
+      left -= await within(conn.read(buffer), "the reply", server.log) ?? left;
+    }
+    await sleep(50); // by then the server knows that all is out
+    assertEquals(ann.bufferedAmount, 0);
+    assertEquals(server.log.count(/disconnected/), 0);
+    for (let i = 0; i < 200 && ann.bufferedAmount < 1_500_000; i++) {
+      ann.send(buffer); // nobody reads this
+      await sleep(1);
+    }
+    await server.log.line(/client 1 .* bytes wait, too many to send/);
+    conn.close();
+  },
+);
+
+testOnBoth(
   "serve: a reply of null ends the client after what it is owed",
   async (network) => {
     const large = new Uint8Array(5_000_000).fill(7);
@@ -1393,6 +1422,20 @@ testOnBoth(
     assertEquals(server.log.count(/^error/), 0);
   },
   "reset",
+);
+
+testOnBoth(
+  "serve: replies do not wait for one another, and a machine that vanished is noticed",
+  async (network) => {
+    const set: string[] = [];
+    await using server = startChanged(network, (conn) => {
+      const setNoDelay = () => set.push("no delay"); // RFC 896
+      const setKeepAlive = () => set.push("keep-alive"); // RFC 1122, 4.2.3.6
+      Object.assign(conn, { setNoDelay, setKeepAlive });
+    });
+    await assertEchoed(server);
+    assertEquals(set, ["no delay", "keep-alive"]);
+  },
 );
 
 testOnBoth(

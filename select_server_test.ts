@@ -3137,17 +3137,20 @@ test(
     await using both = printed(starving, 1, port);
     const worst = async (port: number) => {
       (await connectSoon(port, both)).close();
-      const args = "--clients 1000 --messages 20 --timeout 60 --json";
+      const args = "--clients 1000 --messages 10 --timeout 60 --json";
       await using clients = clientOf(port, ...args.split(" "));
       assertEquals(await clients.ended(), 0, clients.log.toString());
       const report = only(clients.log.lines).slice("info ".length);
       return JSON.parse(report).latency.max;
     };
-    // Something else may hold up the machine, so the better of two counts.
-    const best = async (port: number) =>
-      Math.min(await worst(port), await worst(port));
-    const [plain, fair] = [await best(port), await best(port + 1)];
-    assert(plain >= 3 * fair, `plain loop ${plain} ms, serve ${fair} ms`);
+    // Something else may hold up the machine: one try of three is enough.
+    const tries: string[] = [];
+    while (tries.length < 3) {
+      const [plain, fair] = [await worst(port), await worst(port + 1)];
+      if (plain >= 3 * fair) return;
+      tries.push(`plain loop ${plain} ms, serve ${fair} ms`);
+    }
+    throw new Error(tries.join("; "));
   },
 );
 
@@ -3168,18 +3171,14 @@ for (const pending of [10, 100, 1000, 10_000]) {
   const n = 200; // no more: each race leaves a subscription at every promise
   Deno.bench(
     { name: `Selector, ${pending}`, group, baseline: true, n },
-    async (bench) => {
+    async () => {
       makeOthers();
-      bench.start();
       Promise.resolve(1).then(push);
       await selector.select();
-      bench.end();
     },
   );
-  Deno.bench({ name: `Promise.race, ${pending}`, group, n }, async (bench) => {
+  Deno.bench({ name: `Promise.race, ${pending}`, group, n }, async () => {
     makeOthers();
-    bench.start();
     await Promise.race([...others, Promise.resolve(1)]);
-    bench.end();
   });
 }

@@ -823,9 +823,9 @@ async function main(): Promise<void> {
   const ports = number("ports", args?.ports ?? "2", 1, 65536 - port);
   const ms = number("delay", args?.delay ?? "0", 0, LONGEST);
   const idle = args?.["idle-timeout"]; // in seconds
-  const idleTimeout = idle
-    ? 1000 * number("idle-timeout", idle, 1, 1e6)
-    : Infinity;
+  const idleTimeout = idle === undefined
+    ? Infinity
+    : 1000 * number("idle-timeout", idle, 1, 1e6);
   const listeners = listen({ hostname, port, ports });
 
   const stopper = new AbortController();
@@ -874,7 +874,8 @@ class Printer {
   print = (line: string): void => {
     if (this.#lines.length === MAX_LINES) this.#dropped++;
     else if (this.#lines.push(line) === 1) {
-      this.written = this.written.then(() => this.#write()).catch(() => {});
+      const written = this.written.then(() => this.#write());
+      this.written = written.catch(() => {}); // nobody reads it any more
     }
   };
 

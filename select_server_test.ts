@@ -2231,6 +2231,7 @@ testBadUse("server", [
   ["--delay x", /--delay x: expected a whole number/],
   ["--idle-timeout 0", /--idle-timeout 0: expected .* from 1/],
   ["--host", /--host: expected an address/],
+  ["--idle-timeout=", /--idle-timeout : expected a whole number/],
 ]);
 
 test(
@@ -2319,12 +2320,42 @@ test(
   },
 );
 
+test(
+  "signals",
+  "the server: a log that is read late says how many lines are lost",
+  async () => {
+    await using child = startUnread("--verbose");
+    const [port, reader] = await firstPort(child);
+    const clients = Array.from({ length: 20 }, () => sockets.connect(port));
+    await Promise.all(clients.map(async (connecting) => {
+      using conn = await within(connecting, "connection");
+      for (let i = 0; i < 800; i++) await ask(conn, "a line of the log");
+    }));
+    let printed = "";
+    const decoder = new TextDecoder();
+    while (!/^[1-9]\d* lines dropped$/m.test(printed)) {
+      const end = printed.slice(-200);
+      const { value } = await within(reader.read(), "dropped lines", end);
+      printed += decoder.decode(value, { stream: true });
+    }
+    child.kill();
+    for (let done = false; !done;) {
+      const next = await within(reader.read(), "end of the log");
+      printed += decode(next.value ?? new Uint8Array(0));
+      done = next.done;
+    }
+    assertEquals((await within(child.status, "end of the server")).code, 0);
+    assertMatch(printed, /\nserved 20 clients, 16000 messages, \d+ bytes\n$/);
+    assertEquals(await new Response(child.stderr).text(), "");
+  },
+);
+
 /** Starts the server; nobody reads what it writes. */
-function startUnread(): Deno.ChildProcess {
+function startUnread(...args: string[]): Deno.ChildProcess {
   const script = import.meta.resolve("./select_server.ts");
   const run = ["run", "--allow-net", "--import-map", importMap, script];
   return new Deno.Command(Deno.execPath(), {
-    args: [...run, "--port", "0"],
+    args: [...run, "--port", "0", ...args],
     stdout: "piped",
     stderr: "piped",
   }).spawn();

@@ -11,8 +11,9 @@
  * short, or use a Worker.
  *
  * Three words for time. A *turn* is one pass of the runtime's own event loop.
- * In a *round* each client that is ready is read from once. A *tick* comes
- * every 100 ms while there is something to time.
+ * In a *round* each client that is ready is read from once, and what is left of
+ * partial writes goes out. A *tick* comes every 100 ms while there is something
+ * to time.
  *
  * @module
  */
@@ -44,7 +45,7 @@ export type Reply = Uint8Array | string | null | void;
 
 /**
  * Replies to what one read has brought, at once or in a promise. For the same
- * client it is called again when the system has taken that reply, so replies
+ * client it is called again when the system has taken its reply, so replies
  * stay in order. Until then the server uses `bytes` and the reply: do not
  * change, reuse or transfer what you have returned. Afterwards the next message
  * overwrites `bytes`: copy what you keep of it. A message may be a part of a
@@ -96,8 +97,8 @@ export interface Peer {
   close(): void;
 }
 
-// A pending read keeps its buffer, so a quiet client has a small one. A client
-// whose last read has filled its buffer gets a large one.
+// A pending read keeps its buffer, so a client has a small one at first. After
+// a read that fills it, the client gets a large one, until it sends less again.
 const SMALL_BUFFER = 4 * 1024;
 const LARGE_BUFFER = 32 * 1024;
 
@@ -116,7 +117,7 @@ class Client implements Peer {
   buffer = new Uint8Array(SMALL_BUFFER);
   bufferSize = SMALL_BUFFER; // from the next read on
   unsent: Uint8Array = EMPTY; // what it is owed: bytes for it to read
-  replyLength = 0; // of its last reply, or 0 when nothing is owed
+  replyLength = 0; // of its last reply: this does not count for `sendLimit`
   handle: Handler = echo; // what its protocol has returned
   readonly end = Promise.withResolvers<void>();
   readonly closed = this.end.promise;
@@ -191,8 +192,8 @@ class Client implements Peer {
     const { unsent } = this;
     const length = unsent.length + bytes.length;
     let start = unsent.byteOffset;
-    const isPart = unsent.buffer === this.#block.buffer;
-    if (!isPart || start + length > this.#block.length) {
+    const isInBlock = unsent.buffer === this.#block.buffer;
+    if (!isInBlock || start + length > this.#block.length) {
       this.#block = new Uint8Array(2 * length); // with room for more
       this.#block.set(unsent);
       start = 0;
@@ -231,9 +232,9 @@ export interface ServeOptions {
    */
   idleTimeout?: number;
   /**
-   * Closes a client when more than so many bytes wait that were sent to it.
-   * Replies do not count, as the client is not read from until they are out.
-   * By default 1 MiB.
+   * Closes a client when more than so many bytes wait that were sent to it. A
+   * reply does not count until it is out, as no new message is read before. By
+   * default 1 MiB.
    */
   sendLimit?: number;
   /** Stops the server when it aborts. */
@@ -241,9 +242,9 @@ export interface ServeOptions {
   /**
    * How long a goodbye may take. A stop closes every client that is still there
    * after this time. Any other goodbye closes a client that makes no progress
-   * for so long, and one that still sends so long after its stream has ended. A
-   * client that is owed nothing, and is silent for 500 ms, is closed before. By
-   * default 5,000.
+   * for so long, and one that still sends so long after we have ended our
+   * stream to it, but neither before 500 ms. A client that is owed nothing, and
+   * is silent for 500 ms, is closed then. By default 5,000.
    */
   grace?: number;
   /**
@@ -254,7 +255,7 @@ export interface ServeOptions {
 }
 
 const TICK = 100; // ms
-const LINGER = 500; // ms: so long may a client be silent after its goodbye
+const LINGER = 500; // ms of silence, after we have ended our stream to a client
 
 // ---- The server
 
@@ -299,7 +300,7 @@ export async function serve(
   const clients = new Set<Client>();
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
   let nextTick: ReturnType<typeof setTimeout> | undefined;
-  // While descriptors are short: it says so when they are back.
+  // While descriptors are short: this timer logs that they are back.
   let shortage: ReturnType<typeof setTimeout> | undefined;
   const onAbort = () => push({ type: "abort" });
   signal?.addEventListener("abort", onAbort);
@@ -311,7 +312,7 @@ export async function serve(
 
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
-      // A client may have left since its operation completed.
+      // The client may have left already.
       if ("client" in completion && !clients.has(completion.client)) continue;
       switch (completion.type) {
         case "accepted": // a client has connected: wait for the next one, too
@@ -330,7 +331,7 @@ export async function serve(
         case "written": // perhaps a part only: the rest goes out next
           takeWritten(completion.client, completion.count);
           break;
-        case "failed": // reset, broken pipe, no reply: it ends this client
+        case "failed": // reset, broken pipe, handler: it ends this client
           disconnect(completion.client, completion.why, completion.level);
           break;
         case "accept failed": // that client gave up, or descriptors ran out
@@ -477,7 +478,7 @@ export async function serve(
     // Deno 2.8 leaves a connection open that is closed while it is read from,
     // so end its stream first. This fails if it has been reset: no matter.
     conn.closeWrite().catch(() => {});
-    conn[Symbol.dispose](); // unlike close, it may come a second time
+    conn[Symbol.dispose](); // unlike close, it may find the connection closed
   }
 
   function acceptFailed(listener: Deno.Listener, error: unknown): void {
@@ -507,8 +508,8 @@ export async function serve(
 
   /**
    * A tick comes after all that is ready by then (see `after`). So a client
-   * that has sent in time is never closed because the loop is late. The first
-   * tick may follow a client's last progress at once, and so it does not count.
+   * that has sent in time is never closed only because the loop is late. The
+   * first tick may follow a client's last progress at once, so it counts as 0.
    */
   function tick(): void {
     nextTick = undefined;
@@ -598,11 +599,12 @@ function bytesOf(data: unknown): Uint8Array {
 const BATCH = 60;
 
 // With so many completions at once, some operations may have been put off. A
-// busy server has 120 in nearly every turn: 60 reads and 60 writes. That is
-// meant: so each round waits for those put off, and no client starves.
+// busy server has 120 in nearly every turn: 60 reads of one batch, and the 60
+// writes of the batch before. This is intended: it makes the next round wait
+// for those put off, so no client starves.
 const CROWD = 120;
 
-// For how many turns a round waits for those put off: for more than 61.
+// For how many turns the next round then waits: for more than 61.
 const CATCH_UP = 64;
 
 const LONGEST = 2 ** 31 - 1; // ms, as a timer holds 31 bits
@@ -691,6 +693,7 @@ export class Selector<T> {
         // There is nothing to start: sleep until push or nextRound is called.
         const wakeUp = this.#wakeUp ??= Promise.withResolvers<void>();
         await wakeUp.promise;
+        // Another caller of select may have woken, and gone to sleep again.
         if (wakeUp === this.#wakeUp) this.#wakeUp = undefined;
       }
     }
@@ -788,7 +791,8 @@ Select server: echoes what its clients send, on several ports, in one loop.
   -q, --quiet            log errors only
   -h, --help             show this help
 
-Ctrl-C stops it when the replies that it owes are out; a second one, at once.`;
+Ctrl-C stops it when the replies that it owes are out, or after 5 s. A second
+one stops it at once.`;
 
 async function main(): Promise<void> {
   const refuse = (arg: unknown) => {
@@ -845,7 +849,7 @@ async function main(): Promise<void> {
   const [out, err] = [new Printer(Deno.stdout), new Printer(Deno.stderr)];
   const logger: ServeOptions["logger"] = { error: err.print };
   if (!args?.quiet) logger.info = out.print;
-  if (args?.verbose) logger.debug = out.print;
+  if (args?.verbose && !args.quiet) logger.debug = out.print;
   const reply = args?.stamp ? stamp : echo;
   const delayed = async (bytes: Uint8Array) => {
     await delay(ms, undefined, { signal }).catch(() => {}); // a stop ends it

@@ -2153,8 +2153,6 @@ function command(
   }
   const output = [read(child.stdout, log.info), read(child.stderr, log.error)];
   const exit = Promise.all(output).then(() => child.status);
-  let exited = false;
-  exit.then(() => exited = true);
   return {
     script,
     log,
@@ -2165,7 +2163,9 @@ function command(
     },
     port: async () => Number(/\d+$/.exec(await log.line(/listening on/))),
     [Symbol.asyncDispose]: async () => {
-      if (!exited) child.kill("SIGKILL");
+      try {
+        child.kill("SIGKILL");
+      } catch { /* it has ended */ }
       await exit;
     },
   };

@@ -11,9 +11,9 @@
  * short, or use a Worker.
  *
  * Three words for time. A *turn* is one pass of the runtime's own event loop.
- * In a *round* each client that is ready is read from once, and what is left of
- * partial writes goes out. A *tick* comes every 100 ms while there is something
- * to time.
+ * In a *round* each client that is ready is read from once, and what waits to
+ * be written goes out. A *tick* comes every 100 ms while there is something to
+ * time.
  *
  * @module
  */
@@ -389,10 +389,10 @@ export async function serve(
   }
 
   /**
-   * Starts what comes next for a client, in the next round. It is called after
-   * every change of a client. While a client is owed something, no new read of
-   * it starts. So a client that does not read cannot make us keep more and more
-   * (back-pressure).
+   * Decides what comes next for a client, and is called after every change of
+   * it. Reads and writes then start in the next round. While a client is owed
+   * something, no new read of it starts. So a client that does not read cannot
+   * make us keep more and more (back-pressure).
    */
   function goOn(client: Client): void {
     if (client.leaving) startTick();

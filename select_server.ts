@@ -17,6 +17,7 @@
  *
  * @module
  */
+import { Buffer } from "node:buffer";
 import { setImmediate } from "node:timers";
 import { setTimeout as delay } from "node:timers/promises";
 
@@ -32,7 +33,6 @@ type Completion =
   | { type: "failed"; client: Client; why: string; level: Level }
   | { type: "tick" | "abort" };
 
-type Push = (completion: Completion) => void;
 type Level = "error" | "info" | "debug";
 type Connection = Deno.Conn | Deno.TcpConn; // a TCP connection has options
 
@@ -116,18 +116,21 @@ class Client implements Peer {
   ticksLeaving = 0; // since the stop, or since we ended our stream
   buffer = new Uint8Array(SMALL_BUFFER);
   bufferSize = SMALL_BUFFER; // from the next read on
-  unsent: Uint8Array = EMPTY; // what it is owed: bytes for it to read
-  replyLength = 0; // of its last reply: this does not count for `sendLimit`
+  bufferedAmount = 0; // how many bytes it is owed: `unsent`, then `waiting`
+  unsent: Uint8Array = EMPTY; // what the next write writes
+  waiting: Uint8Array[] = [];
+  replyLength = 0; // so many of them are a reply: `sendLimit` does not count it
   handle: Handler = echo; // what its protocol has returned
   readonly end = Promise.withResolvers<void>();
   readonly closed = this.end.promise;
-  #block = EMPTY; // where `owe` copies to, and where `unsent` then lies
 
   constructor(
     readonly name: string,
     readonly conn: Connection,
     readonly sendLimit: number,
-    readonly push: Push,
+    readonly push: (completion: Completion) => void,
+    readonly remoteAddr = conn.remoteAddr,
+    readonly localAddr = conn.localAddr,
   ) {}
 
   // Its operations. There is one set of these functions per client, not per
@@ -139,31 +142,34 @@ class Client implements Peer {
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
   };
   startWrite = () => {
+    // One write takes all that waits. If each line were a write of its own, a
+    // client that is sent many lines would fall behind, however fast it reads.
+    if (this.unsent.length === 0) {
+      this.unsent = Buffer.concat(this.waiting.splice(0));
+    }
     this.conn.write(this.unsent).then(this.onWritten, this.onFailed);
   };
   onReceived = (count: number | null) =>
     this.push({ type: "received", client: this, count });
   onReplied = (reply: Reply) =>
     this.push({ type: "replied", client: this, bytes: bytesOfReply(reply) });
-  onReplyFailed = (error: unknown) => {
-    const why = describe(error, true); // with its stack: it is our own mistake
-    this.push({ type: "failed", client: this, why, level: "error" });
-  };
   onWritten = (count: number) =>
     this.push({ type: "written", client: this, count });
-  onFailed = (error: unknown) => {
-    const why = describe(error);
-    this.push({ type: "failed", client: this, why, level: "info" });
-  };
+  // A reply that fails is our own mistake: say where it was made.
+  onReplyFailed = (error: unknown) => this.fail(describe(error, true), "error");
+  onFailed = (error: unknown) => this.fail(describe(error), "info");
+  fail(why: string, level: Level): void {
+    this.push({ type: "failed", client: this, why, level });
+  }
 
   // What its protocol may do with it. The loop goes on from there.
   send(data: Uint8Array | string): void {
-    const bytes = bytesOf(data);
+    const bytes = new Uint8Array(bytesOf(data)); // a copy
     if (this.leaving) return;
     // If bytes wait already, the loop knows.
-    if (this.unsent.length === 0) this.push({ type: "owed", client: this });
+    if (this.bufferedAmount === 0) this.push({ type: "owed", client: this });
     this.owe(bytes);
-    const waiting = this.unsent.length - this.replyLength;
+    const waiting = this.bufferedAmount - this.replyLength;
     if (waiting <= this.sendLimit) return;
     this.leaving = true;
     this.onFailed(new RangeError(`${waiting} bytes wait, too many to send`));
@@ -173,42 +179,14 @@ class Client implements Peer {
     this.ticks = 0;
     this.push({ type: "owed", client: this });
   }
-  get bufferedAmount(): number {
-    return this.unsent.length;
-  }
-  get remoteAddr(): Deno.Addr {
-    return this.conn.remoteAddr;
-  }
-  get localAddr(): Deno.Addr {
-    return this.conn.localAddr;
-  }
 
-  /**
-   * Copies bytes behind what it is owed, so that one write takes all of it. If
-   * each line were a write of its own, a client that is sent many lines would
-   * fall behind, however fast it reads.
-   */
+  /** Adds a piece to what waits. */
   owe(bytes: Uint8Array): void {
-    const { unsent } = this;
-    const length = unsent.length + bytes.length;
-    let start = unsent.byteOffset;
-    const isInBlock = unsent.buffer === this.#block.buffer;
-    if (!isInBlock || start + length > this.#block.length) {
-      this.#block = new Uint8Array(2 * length); // with room for more
-      this.#block.set(unsent);
-      start = 0;
-    }
-    this.#block.set(bytes, start + unsent.length);
-    this.unsent = this.#block.subarray(start, start + length);
-  }
-
-  /** Some bytes are out, perhaps all that it is owed. */
-  paid(count: number): void {
-    if (count < this.unsent.length) {
-      this.unsent = this.unsent.subarray(count);
-    } else {
-      this.unsent = this.#block = EMPTY; // an idle client keeps none
-      this.replyLength = 0;
+    this.bufferedAmount += bytes.length;
+    this.waiting.push(bytes);
+    // A short piece costs more memory than its bytes, so do not keep too many.
+    if (this.waiting.length === 1000) {
+      this.waiting = [Buffer.concat(this.waiting)];
     }
   }
 }
@@ -295,7 +273,7 @@ export async function serve(
   check("grace", grace, grace >= 0, "milliseconds from 0 up");
   check("sendLimit", sendLimit, sendLimit >= 0, "bytes from 0 up");
   const selector = new Selector<Completion>();
-  const push: Push = (completion) => selector.push(completion);
+  const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
   const clients = new Set<Client>();
   const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
@@ -396,7 +374,7 @@ export async function serve(
    */
   function goOn(client: Client): void {
     if (client.leaving) startTick();
-    if (client.unsent.length > 0) {
+    if (client.bufferedAmount > 0) {
       if (client.writing) return;
       client.writing = true;
       selector.nextRound(client.startWrite);
@@ -421,11 +399,7 @@ export async function serve(
     client.reading = false;
     client.ticks = 0;
     if (count === null) client.theyEnded = client.leaving = true;
-    else if (!client.leaving) answer(client, count);
-    goOn(client);
-  }
-
-  function answer(client: Client, count: number): void {
+    if (count === null || client.leaving) return goOn(client);
     if (count === client.buffer.length) client.bufferSize = LARGE_BUFFER;
     else if (count < SMALL_BUFFER) client.bufferSize = SMALL_BUFFER;
     totals.messages++;
@@ -436,9 +410,11 @@ export async function serve(
       const reply = client.handle(client.buffer.subarray(0, count));
       const isReady = reply instanceof Uint8Array ||
         typeof reply !== "object" || reply === null;
-      if (isReady) return takeReply(client, bytesOfReply(reply));
-      const replying = Promise.resolve(reply).then(client.onReplied);
-      replying.catch(client.onReplyFailed);
+      if (isReady) takeReply(client, bytesOfReply(reply));
+      else {
+        const replying = Promise.resolve(reply).then(client.onReplied);
+        replying.catch(client.onReplyFailed);
+      }
     } catch (error) {
       client.onReplyFailed(error);
     }
@@ -448,11 +424,10 @@ export async function serve(
     client.replying = false;
     client.ticks = 0;
     client.replyLength = bytes?.length ?? 0;
-    if (bytes === null) {
-      client.leaving = true;
-    } else if (client.unsent.length > 0) {
-      client.owe(bytes);
-    } else if (bytes.length > 0) {
+    if (bytes === null) client.leaving = true;
+    else if (client.bufferedAmount > 0) client.owe(bytes);
+    else if (bytes.length > 0) {
+      client.bufferedAmount = bytes.length;
       client.unsent = bytes; // the usual case: no copy, and at once
       client.writing = true;
       client.startWrite();
@@ -463,17 +438,20 @@ export async function serve(
   function takeWritten(client: Client, count: number): void {
     client.writing = false;
     client.ticks = 0;
-    client.paid(count);
+    client.bufferedAmount -= count;
+    client.replyLength = Math.min(client.replyLength, client.bufferedAmount);
+    const isOut = count === client.unsent.length;
+    client.unsent = isOut ? EMPTY : client.unsent.subarray(count);
     goOn(client);
   }
 
-  function disconnect(client: Client, why: string, level: Level) {
+  function disconnect(client: Client, why: string, level: Level): void {
     const { name, conn, writing, replying } = client;
     const doing = writing ? "writing" : replying ? "replying" : "reading";
     log(level, `${name} disconnected while ${doing}: ${why}`);
+    client.bufferedAmount = 0;
     clients.delete(client);
     client.leaving = true;
-    client.paid(client.unsent.length); // it is owed nothing any more
     client.end.resolve();
     // Deno 2.8 leaves a connection open that is closed while it is read from,
     // so end its stream first. This fails if it has been reset: no matter.
@@ -489,9 +467,7 @@ export async function serve(
       listening.delete(listener); // a stop has closed it, or somebody else
       log("info", `${formatAddress(listener.addr)} is closed`);
     } else {
-      if (shortage === undefined) {
-        log("error", `accepting pauses: ${describe(error)}`);
-      }
+      if (!shortage) log("error", `accepting pauses: ${describe(error)}`);
       clearTimeout(shortage);
       shortage = selector.after(2 * TICK, () => {
         shortage = undefined;
@@ -519,13 +495,12 @@ export async function serve(
       const { leaving, weEnded, replying } = client;
       const idle = TICK * client.ticks++;
       const since = weEnded || stopping ? TICK * client.ticksLeaving++ : 0;
-      const leaves = leaving && !stopping ? patience : Infinity;
-      const limit = Math.min(idleTimeout, weEnded ? LINGER : leaves);
+      const limit = weEnded ? LINGER : leaving ? patience : Infinity;
       const level = replying ? "error" : "info"; // we owe it a reply
-      if (idle >= limit) {
-        disconnect(client, `no progress for ${idle / 1000} s`, level);
-      } else if (since >= patience) {
+      if (since >= patience) {
         disconnect(client, "the grace time is over", level);
+      } else if (idle >= Math.min(limit, idleTimeout)) {
+        disconnect(client, `no progress for ${idle / 1000} s`, level);
       } else if (leaving || idleTimeout < Infinity) {
         startTick();
       }
@@ -537,17 +512,13 @@ export async function serve(
     clearTimeout(shortage);
     // What is closed makes its accept fail.
     for (const listener of listening) listener[Symbol.dispose]();
-    for (const client of clients) {
-      client.leaving = true;
-      goOn(client);
-    }
+    for (const client of clients) client.close();
   }
 
-  function log(level: Level, line: string): void {
+  async function log(level: Level, line: string): Promise<void> {
     try {
       // An error may quote what a client has sent: it must not make a new line.
-      const safe = line.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
-      Promise.resolve(logger[level]?.(safe)).catch(() => {}); // as below
+      await logger[level]?.(line.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " "));
     } catch { /* a log that fails costs no client its connection */ }
   }
 }
@@ -569,8 +540,7 @@ function formatAddress(addr: Deno.Addr): string {
 /** An error in words. It may be anything that a protocol throws. */
 function describe(error: unknown, withStack = false): string {
   try {
-    const inShort = error instanceof Error && !withStack;
-    return inShort ? `${error.name}: ${error.message}` : Deno.inspect(error);
+    return withStack ? Deno.inspect(error) : String(error);
   } catch {
     return "an error that cannot be shown";
   }
@@ -837,7 +807,8 @@ async function main(): Promise<void> {
   let stoppedAt = Infinity;
   const onSignal = () => {
     // A terminal, `deno task` or a service manager may send a signal twice.
-    if (performance.now() > stoppedAt + REPEAT) Deno.exit(1);
+    // No person presses Ctrl-C a second time within 300 ms.
+    if (performance.now() > stoppedAt + 300) Deno.exit(1);
     stoppedAt = Math.min(stoppedAt, performance.now());
     stopper.abort();
   };
@@ -846,7 +817,8 @@ async function main(): Promise<void> {
     : ["SIGINT", "SIGTERM", "SIGHUP"] as const;
   for (const name of signals) Deno.addSignalListener(name, onSignal);
 
-  const [out, err] = [new Printer(Deno.stdout), new Printer(Deno.stderr)];
+  const out = new Printer(Deno.stdout.writable.getWriter());
+  const err = new Printer(Deno.stderr.writable.getWriter());
   const logger: ServeOptions["logger"] = { error: err.print };
   if (!args?.quiet) logger.info = out.print;
   if (args?.verbose && !args.quiet) logger.debug = out.print;
@@ -857,10 +829,8 @@ async function main(): Promise<void> {
   };
   const protocol = () => ms > 0 ? delayed : reply;
   await serve(listeners, { protocol, idleTimeout, signal, logger });
-  await Promise.race([
-    Promise.all([out.written, err.written]),
-    delay(LAST_WORDS),
-  ]);
+  // The last lines may take 500 ms to be read.
+  await Promise.race([Promise.all([out.written, err.written]), delay(500)]);
 }
 
 /**
@@ -873,7 +843,7 @@ class Printer {
   #lines: string[] = [];
   #dropped = 0;
 
-  constructor(readonly stream: Pick<typeof Deno.stdout, "write">) {}
+  constructor(readonly to: WritableStreamDefaultWriter<Uint8Array>) {}
 
   print = (line: string): void => {
     if (this.#lines.length === MAX_LINES) this.#dropped++;
@@ -883,19 +853,15 @@ class Printer {
     }
   };
 
-  async #write(): Promise<void> {
+  #write(): Promise<void> {
     if (this.#dropped > 0) this.#lines.push(`${this.#dropped} lines dropped`);
     this.#dropped = 0;
-    let bytes = encoder.encode(`${this.#lines.splice(0).join("\n")}\n`);
-    while (bytes.length > 0) {
-      bytes = bytes.subarray(await this.stream.write(bytes));
-    }
+    const text = `${this.#lines.splice(0).join("\n")}\n`;
+    return this.to.write(encoder.encode(text));
   }
 }
 
 const MAX_LINES = 10_000; // that wait to be read
-const REPEAT = 300; // ms: no person presses Ctrl-C a second time so soon
-const LAST_WORDS = 500; // ms: so long may the last lines take to be read
 
 if (import.meta.main) {
   await main().catch((error) => {

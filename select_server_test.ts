@@ -1158,7 +1158,7 @@ testOnBoth(
     assertMatch(line, /^info client 1 .* while writing: /);
     const bytes = Number(/(\d+) bytes wait/.exec(line)?.[1]);
     assert(bytes > 2 ** 20 && bytes < 2 ** 20 + 300, `${bytes}`);
-    await left.line(/^0 bytes$/); // nothing is kept
+    await left.line(/^0 bytes$/); // it is owed nothing any more
     fast.close();
     ann.close();
   },

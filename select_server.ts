@@ -116,10 +116,10 @@ class Client implements Peer {
   ticksLeaving = 0; // since the stop, or since we ended our stream
   buffer = new Uint8Array(SMALL_BUFFER);
   bufferSize = SMALL_BUFFER; // from the next read on
-  bufferedAmount = 0; // how many bytes it is owed: `unsent`, then `waiting`
-  unsent: Uint8Array = EMPTY; // what the next write writes
-  waiting: Uint8Array[] = [];
-  replyLength = 0; // so many of them are a reply: `sendLimit` does not count it
+  unsent: Uint8Array = EMPTY; // bytes for it to read: the next write is these
+  waiting: Uint8Array[] = []; // more of them, for the write after that
+  bufferedAmount = 0; // how many bytes both are: so many it is owed
+  replyLength = 0; // of its last reply: this does not count for `sendLimit`
   handle: Handler = echo; // what its protocol has returned
   readonly end = Promise.withResolvers<void>();
   readonly closed = this.end.promise;
@@ -164,11 +164,11 @@ class Client implements Peer {
 
   // What its protocol may do with it. The loop goes on from there.
   send(data: Uint8Array | string): void {
-    const bytes = new Uint8Array(bytesOf(data)); // a copy
+    const bytes = bytesOf(data);
     if (this.leaving) return;
     // If bytes wait already, the loop knows.
     if (this.bufferedAmount === 0) this.push({ type: "owed", client: this });
-    this.owe(bytes);
+    this.owe(bytes === data ? new Uint8Array(bytes) : bytes); // a copy
     const waiting = this.bufferedAmount - this.replyLength;
     if (waiting <= this.sendLimit) return;
     this.leaving = true;
@@ -410,11 +410,9 @@ export async function serve(
       const reply = client.handle(client.buffer.subarray(0, count));
       const isReady = reply instanceof Uint8Array ||
         typeof reply !== "object" || reply === null;
-      if (isReady) takeReply(client, bytesOfReply(reply));
-      else {
-        const replying = Promise.resolve(reply).then(client.onReplied);
-        replying.catch(client.onReplyFailed);
-      }
+      if (isReady) return takeReply(client, bytesOfReply(reply));
+      const replying = Promise.resolve(reply).then(client.onReplied);
+      replying.catch(client.onReplyFailed);
     } catch (error) {
       client.onReplyFailed(error);
     }

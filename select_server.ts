@@ -4,16 +4,16 @@
  * Example 12-9), for Deno 2.6 or later.
  *
  * The loop asks `select` which operations have completed: accepts, reads,
- * replies and writes. Then it starts the next ones. It awaits `select` alone,
- * and never one operation. So a client that does not read, or a reply that
+ * replies and writes. It decides which come next, and `select` starts them. It
+ * awaits `select` alone, and never one operation. So a client that does not read, or a reply that
  * takes its time in a promise, delays only itself. A reply that computes for a
  * second delays every client for a second, as in any single thread: keep it
  * short, or use a Worker.
  *
- * Three words for time. A *turn* is one pass of the runtime's own event loop.
- * In a *round* each client that is ready is read from once, and what waits to
- * be written goes out. A *tick* comes every 100 ms while there is something to
- * time.
+ * Three words for time. A *turn* is one pass of the runtime's own event loop. A
+ * *round* starts the reads and writes that wait for it, at most one of each per
+ * client. A *tick* comes 100 ms after the one before, or a little later if the
+ * server is busy, while there is something to time. Time is counted in ticks.
  *
  * @module
  */
@@ -88,7 +88,7 @@ export interface Peer {
   /**
    * Sends bytes, or a string as UTF-8, after all that the client is owed
    * already. Bytes are copied. If more wait then than the `sendLimit` of the
-   * server, the client is closed. After a goodbye nothing is sent.
+   * server, the client is closed. After a goodbye, `send` does nothing.
    *
    * @throws {TypeError} If `data` is neither bytes nor a string.
    */
@@ -97,8 +97,9 @@ export interface Peer {
   close(): void;
 }
 
-// A pending read keeps its buffer, so a client has a small one at first. After
-// a read that fills it, the client gets a large one, until it sends less again.
+// A pending read keeps its buffer, so a client has a small one at first. A read
+// that fills it makes the next one large. A read that would have fitted into a
+// small one makes the next one small.
 const SMALL_BUFFER = 4 * 1024;
 const LARGE_BUFFER = 32 * 1024;
 
@@ -109,18 +110,18 @@ class Client implements Peer {
   reading = false; // a read is pending, or waits for the next round
   replying = false; // its handler has been called, its reply is not ready
   writing = false; // a write is pending, or waits for the next round
-  leaving = false; // goodbye: no more messages from it, no more sends to it
+  leaving = false; // goodbye, by it or us: no more messages, no more sends
   theyEnded = false; // it has ended its stream: there is nothing more to read
   weEnded = false; // we have ended ours
   ticks = 0; // since it last made progress
   ticksLeaving = 0; // since the stop, or since we ended our stream
   buffer = new Uint8Array(SMALL_BUFFER);
   bufferSize = SMALL_BUFFER; // from the next read on
-  unsent: Uint8Array = EMPTY; // bytes for it to read: the next write is these
-  waiting: Uint8Array[] = []; // more of them, for the write after that
-  bufferedAmount = 0; // how many bytes both are: so many it is owed
-  replyLength = 0; // of its last reply: this does not count for `sendLimit`
-  handle: Handler = echo; // what its protocol has returned
+  unsent: Uint8Array = EMPTY; // what the pending write writes, or its rest
+  waiting: Uint8Array[] = []; // what comes after it
+  bufferedAmount = 0; // how many bytes are in both: it is owed so many
+  replyLength = 0; // how many of them are a reply, and not sent to it
+  handle: Handler = echo; // until its protocol has returned another one
   readonly end = Promise.withResolvers<void>();
   readonly closed = this.end.promise;
 
@@ -142,8 +143,9 @@ class Client implements Peer {
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
   };
   startWrite = () => {
-    // One write takes all that waits. If each line were a write of its own, a
-    // client that is sent many lines would fall behind, however fast it reads.
+    // When the last write is out, the next takes all that waits. If each line
+    // were a write of its own, a client that is sent many lines would fall
+    // behind, however fast it reads.
     if (this.unsent.length === 0) {
       this.unsent = Buffer.concat(this.waiting.splice(0));
     }
@@ -169,10 +171,10 @@ class Client implements Peer {
     // If bytes wait already, the loop knows.
     if (this.bufferedAmount === 0) this.push({ type: "owed", client: this });
     this.owe(bytes === data ? new Uint8Array(bytes) : bytes); // a copy
-    const waiting = this.bufferedAmount - this.replyLength;
-    if (waiting <= this.sendLimit) return;
+    const sent = this.bufferedAmount - this.replyLength;
+    if (sent <= this.sendLimit) return;
     this.leaving = true;
-    this.onFailed(new RangeError(`${waiting} bytes wait, too many to send`));
+    this.onFailed(new RangeError(`${sent} bytes wait, too many to send`));
   }
   close(): void {
     this.leaving = true;
@@ -211,18 +213,18 @@ export interface ServeOptions {
   idleTimeout?: number;
   /**
    * Closes a client when more than so many bytes wait that were sent to it. A
-   * reply does not count until it is out, as no new message is read before. By
-   * default 1 MiB.
+   * reply does not count, as there is only one at a time. Behind a reply, the
+   * limit is up to its length higher until all is out. By default 1 MiB.
    */
   sendLimit?: number;
   /** Stops the server when it aborts. */
   signal?: AbortSignal;
   /**
    * How long a goodbye may take. A stop closes every client that is still there
-   * after this time. Any other goodbye closes a client that makes no progress
-   * for so long, and one that still sends so long after we have ended our
-   * stream to it, but neither before 500 ms. A client that is owed nothing, and
-   * is silent for 500 ms, is closed then. By default 5,000.
+   * after this time. After any other goodbye, a client is closed when it makes
+   * no progress for this time, or is still there so long after the end of our
+   * stream to it; but not before 500 ms. After that end, a client that is
+   * silent for 500 ms is closed in any case. By default 5,000.
    */
   grace?: number;
   /**
@@ -312,7 +314,7 @@ export async function serve(
         case "failed": // reset, broken pipe, handler: it ends this client
           disconnect(completion.client, completion.why, completion.level);
           break;
-        case "accept failed": // that client gave up, or descriptors ran out
+        case "accept failed": // client gone, port closed, or no descriptors
           acceptFailed(completion.listener, completion.error);
           break;
         case "tick": // some time has passed: which clients are overdue?
@@ -368,8 +370,8 @@ export async function serve(
 
   /**
    * Decides what comes next for a client, and is called after every change of
-   * it. Reads and writes then start in the next round. While a client is owed
-   * something, no new read of it starts. So a client that does not read cannot
+   * it. What it decides starts in the next round. While a client is owed
+   * something, it asks for no new read. So a client that does not read cannot
    * make us keep more and more (back-pressure).
    */
   function goOn(client: Client): void {
@@ -411,8 +413,8 @@ export async function serve(
       const isReady = reply instanceof Uint8Array ||
         typeof reply !== "object" || reply === null;
       if (isReady) return takeReply(client, bytesOfReply(reply));
-      const replying = Promise.resolve(reply).then(client.onReplied);
-      replying.catch(client.onReplyFailed);
+      const later = Promise.resolve(reply).then(client.onReplied);
+      later.catch(client.onReplyFailed);
     } catch (error) {
       client.onReplyFailed(error);
     }
@@ -425,8 +427,9 @@ export async function serve(
     if (bytes === null) client.leaving = true;
     else if (client.bufferedAmount > 0) client.owe(bytes);
     else if (bytes.length > 0) {
+      // The usual case: no copy is made, and no round is waited for.
       client.bufferedAmount = bytes.length;
-      client.unsent = bytes; // the usual case: no copy, and at once
+      client.unsent = bytes;
       client.writing = true;
       client.startWrite();
     }
@@ -464,7 +467,7 @@ export async function serve(
     } else if (error instanceof Deno.errors.BadResource) {
       listening.delete(listener); // a stop has closed it, or somebody else
       log("info", `${formatAddress(listener.addr)} is closed`);
-    } else {
+    } else { // descriptors are short, most likely
       if (!shortage) log("error", `accepting pauses: ${describe(error)}`);
       clearTimeout(shortage);
       shortage = selector.after(2 * TICK, () => {
@@ -562,17 +565,18 @@ function bytesOf(data: unknown): Uint8Array {
 // within 61 turns (`event_interval`). Where a runtime does otherwise, these
 // numbers cost speed or fairness, not correctness.
 
-// How many operations of a round start in one turn. Each read leads to a write
-// soon after, and 60 reads and their 60 writes fit into the 128.
+// How many operations of a round start in one turn. Each read leads to a write,
+// often in the next turn. So a turn has 60 reads and the 60 writes of the batch
+// before, and they fit into the 128.
 const BATCH = 60;
 
 // With so many completions at once, some operations may have been put off. A
-// busy server has 120 in nearly every turn: 60 reads of one batch, and the 60
-// writes of the batch before. This is intended: it makes the next round wait
-// for those put off, so no client starves.
+// busy server has 120 in nearly every turn: those 60 reads and 60 writes. This
+// is intended: it makes the next round wait for those put off, so no client
+// starves.
 const CROWD = 120;
 
-// For how many turns the next round then waits: for more than 61.
+// How many turns the next round waits then, and after a timer: more than 61.
 const CATCH_UP = 64;
 
 const LONGEST = 2 ** 31 - 1; // ms, as a timer holds 31 bits
@@ -635,8 +639,8 @@ export class Selector<T> {
   /**
    * Resolves to all that has completed since the last call, in order, when
    * there is something. If `timeout` milliseconds pass before, it resolves to
-   * an empty list. With 0 it polls: it waits for no longer than a look at what
-   * is ready takes.
+   * an empty list. With 0 it polls: it hands out what is ready by now, or an
+   * empty list.
    *
    * @throws {RangeError} If `timeout` is finite, and more than a timer holds.
    */

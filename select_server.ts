@@ -119,6 +119,7 @@ class Client implements Peer {
   bufferSize = SMALL_BUFFER; // from the next read on
   unsent: Uint8Array = EMPTY; // what the pending write writes, or its rest
   waiting: Uint8Array[] = []; // what comes after it
+  pieces = 0; // that have ever waited
   bufferedAmount = 0; // how many bytes are in both: it is owed so many
   replyLength = 0; // how many of them are a reply, and not sent to it
   handle: Handler = echo; // until its protocol has returned another one
@@ -177,18 +178,20 @@ class Client implements Peer {
     this.onFailed(new RangeError(`${sent} bytes wait, too many to send`));
   }
   close(): void {
+    if (this.leaving) return; // once: to say it again gives no more time
     this.leaving = true;
     this.ticks = 0;
     this.push({ type: "owed", client: this });
   }
 
-  /** Adds a piece to what waits. */
+  /** Adds a piece to what waits: a copy, which nobody else can change. */
   owe(bytes: Uint8Array): void {
     this.bufferedAmount += bytes.length;
     this.waiting.push(bytes);
-    // A short piece costs more memory than its bytes, so do not keep too many.
-    if (this.waiting.length === 1000) {
-      this.waiting = [Buffer.concat(this.waiting)];
+    this.pieces++;
+    // A short piece costs more memory than its bytes: join each thousand.
+    if (this.pieces % 1000 === 0) {
+      this.waiting.push(Buffer.concat(this.waiting.splice(-1000)));
     }
   }
 }
@@ -207,8 +210,9 @@ export interface ServeOptions {
   /**
    * Closes a client that makes no progress for so long. Progress is a message
    * that comes, a reply that is ready, or room in the system's buffer, which is
-   * there when the client has read enough. So a client whose reply takes longer
-   * is closed, too. By default there is no such limit.
+   * there when the client has read enough. A goodbye starts the time anew, once.
+   * A client whose reply takes longer is closed, too. By default there is no
+   * such limit.
    */
   idleTimeout?: number;
   /**
@@ -425,7 +429,7 @@ export async function serve(
     client.ticks = 0;
     client.replyLength = bytes?.length ?? 0;
     if (bytes === null) client.leaving = true;
-    else if (client.bufferedAmount > 0) client.owe(bytes);
+    else if (client.bufferedAmount > 0) client.owe(new Uint8Array(bytes));
     else if (bytes.length > 0) {
       // The usual case: no copy is made, and no round is waited for.
       client.bufferedAmount = bytes.length;
@@ -450,6 +454,8 @@ export async function serve(
     const { name, conn, writing, replying } = client;
     const doing = writing ? "writing" : replying ? "replying" : "reading";
     log(level, `${name} disconnected while ${doing}: ${why}`);
+    client.unsent = EMPTY; // its peer may be kept: keep no bytes for it
+    client.waiting = [];
     client.bufferedAmount = 0;
     clients.delete(client);
     client.leaving = true;
@@ -538,7 +544,7 @@ function formatAddress(addr: Deno.Addr): string {
   return `${bare.includes(":") ? `[${bare}]` : bare}:${addr.port}`;
 }
 
-/** An error in words. It may be anything that a protocol throws. */
+/** In words what a protocol has thrown or sent. It may be anything. */
 function describe(error: unknown, withStack = false): string {
   try {
     return withStack ? Deno.inspect(error) : String(error);
@@ -554,7 +560,7 @@ function bytesOfReply(reply: Reply): Uint8Array | null {
 function bytesOf(data: unknown): Uint8Array {
   if (typeof data === "string") return encoder.encode(data);
   if (data instanceof Uint8Array) return data;
-  throw new TypeError(`${Deno.inspect(data)} is neither bytes nor a string`);
+  throw new TypeError(`${describe(data, true)} is neither bytes nor a string`);
 }
 
 // ---- The selector

@@ -1274,6 +1274,45 @@ testOnBoth(
 );
 
 testOnBoth(
+  "serve: a goodbye that is said again gives a client no more time",
+  async (network) => {
+    let ann: Peer | undefined;
+    await using server = start(network, {
+      protocol(peer) {
+        ann = peer;
+        return () => tooMuch;
+      },
+      grace: 600,
+    });
+    using _deaf = await say(server, "hello");
+    await server.log.line(/client 1 .* sent/);
+    const since = network.now();
+    while (server.log.count(/disconnected/) === 0) {
+      ann?.close();
+      await sleep(50);
+      assert(network.now() - since < 5000, "it is still there");
+    }
+    await server.log.line(/client 1 .* while writing: no progress for 0\.6 s/);
+  },
+  "slow",
+);
+
+testOnBoth(
+  "serve: thousands of lines that are sent at once arrive, each in its place",
+  async (network) => {
+    const lines = Array.from({ length: 3_500 }, (_, i) => `line ${i}\n`);
+    await using server = start(network, {
+      protocol(peer) {
+        for (const line of lines) peer.send(line);
+        return () => null;
+      },
+    });
+    const conn = await say(server, "bye");
+    assertEquals(decode(await readAll(conn)), lines.join(""));
+  },
+);
+
+testOnBoth(
   "serve: a reply comes before what is sent after it",
   async (network) => {
     await using server = start(network, {

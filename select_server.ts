@@ -5,10 +5,10 @@
  *
  * The loop asks `select` which operations have completed: accepts, reads,
  * replies and writes. It decides which come next, and `select` starts them. It
- * awaits `select` alone, and never one operation. So a client that does not read, or a reply that
- * takes its time in a promise, delays only itself. A reply that computes for a
- * second delays every client for a second, as in any single thread: keep it
- * short, or use a Worker.
+ * awaits `select` alone, and never one operation. So a client that does not
+ * read, or a reply that takes its time in a promise, delays only itself. A
+ * reply that computes for a second delays every client for a second, as in any
+ * single thread: keep it short, or use a Worker.
  *
  * Three words for time. A *turn* is one pass of the runtime's own event loop. A
  * *round* starts the reads and writes that wait for it, at most one of each per
@@ -119,9 +119,9 @@ class Client implements Peer {
   bufferSize = SMALL_BUFFER; // from the next read on
   unsent: Uint8Array = EMPTY; // what the pending write writes, or its rest
   waiting: Uint8Array[] = []; // what comes after it
-  pieces = 0; // that have ever waited
+  pieces = 0; // how many have waited so far
   bufferedAmount = 0; // how many bytes are in both: it is owed so many
-  replyLength = 0; // how many of them are a reply, and not sent to it
+  replyLength = 0; // how many of those `sendLimit` does not count: a reply
   handle: Handler = echo; // until its protocol has returned another one
   readonly end = Promise.withResolvers<void>();
   readonly closed = this.end.promise;
@@ -210,9 +210,9 @@ export interface ServeOptions {
   /**
    * Closes a client that makes no progress for so long. Progress is a message
    * that comes, a reply that is ready, or room in the system's buffer, which is
-   * there when the client has read enough. A goodbye starts the time anew, once.
-   * A client whose reply takes longer is closed, too. By default there is no
-   * such limit.
+   * there when the client has read enough. A goodbye starts the time anew, but
+   * only once. A client whose reply takes longer is closed, too. By default
+   * there is no such limit.
    */
   idleTimeout?: number;
   /**
@@ -544,12 +544,12 @@ function formatAddress(addr: Deno.Addr): string {
   return `${bare.includes(":") ? `[${bare}]` : bare}:${addr.port}`;
 }
 
-/** In words what a protocol has thrown or sent. It may be anything. */
+/** Says in words what has failed, or was thrown or sent. It may be anything. */
 function describe(error: unknown, withStack = false): string {
   try {
     return withStack ? Deno.inspect(error) : String(error);
   } catch {
-    return "an error that cannot be shown";
+    return "something that cannot be shown";
   }
 }
 

@@ -1787,7 +1787,7 @@ class Actor {
   peer?: Peer; // once it has connected
   hasLeft = false; // as its peer says
   heardAt = 0; // when the server has last heard from it, or answered it
-  sentAt = -Infinity; // when something was last sent to it
+  sentAt = -Infinity; // when the server has last taken a send to it
   goodbyeAt = Infinity;
 
   constructor(readonly port: number, random: (below: number) => number) {
@@ -1806,12 +1806,14 @@ class Actor {
   /** Sends it some bytes, which count if the server has taken them. */
   send(random: (below: number) => number, now: number): void {
     if (this.peer === undefined) return;
-    this.sentAt = now;
     const length = random(50);
     const bytes = Uint8Array.from({ length }, () => 128 + random(128));
     const before = this.peer.bufferedAmount;
     this.peer.send(bytes);
-    if (this.peer.bufferedAmount > before) this.sends.push(...bytes);
+    if (this.peer.bufferedAmount > before) {
+      this.sends.push(...bytes);
+      this.sentAt = now;
+    }
     bytes.fill(0); // it is the sender's own again
   }
 }

@@ -1,884 +1,770 @@
 /**
- * One process, no threads, two listening ports, and one loop that serves every
- * client: the select-based echo server of *Programming Python* (4th edition,
- * Example 12-9), for Deno 2.6 or later.
+ * An echo server with one process, no threads, two listening ports, and one
+ * loop that serves every client. It is the select server of *Programming
+ * Python* (4th edition, Example 12-9), for Deno 2.6 or later.
  *
- * The loop asks `select` which operations have completed: accepts, reads,
- * replies and writes. It decides which come next, and `select` starts them. It
- * awaits `select` alone, and never one operation. So a client that does not
- * read, or a reply that takes its time in a promise, delays only itself. A
- * reply that computes for a second delays every client for a second, as in any
- * single thread: keep it short, or use a Worker.
+ * The server starts each operation (an accept, a read, a reply, a write) and
+ * goes on without waiting for it. The loop asks `select` which operations are
+ * complete, and decides what comes next. It waits nowhere else, so a client
+ * that does not read, or a reply that is slow to come, delays nobody else. But
+ * there is one thread: while a handler computes, every client waits.
  *
- * Three words for time. A *turn* is one pass of the runtime's own event loop. A
- * *round* starts the reads and writes that wait for it, at most one of each per
- * client. A *tick* comes 100 ms after the one before, or a little later if the
- * server is busy, while there is something to time. Time is counted in ticks.
+ * JavaScript's event loop does the same if each client has an async function of
+ * its own. A loop of your own shows how, and it can decide who is served next:
+ * this one starts reads and writes in *rounds*. A round begins when everything
+ * that is complete has been handled, so each client has its turn.
  *
+ * For the idea, read as far as "Sending at any time". A program that copies
+ * this file does not need "The command line".
  * @module
  */
-import { Buffer } from "node:buffer";
-import { setImmediate } from "node:timers";
-import { setTimeout as delay } from "node:timers/promises";
+import { setImmediate } from "node:timers"; // Deno 2.6 has no global one
+import { setTimeout as delay } from "node:timers/promises"; // for --delay
 
-// ---- What can complete, and what a client is
-
-type Completion =
-  | { type: "accepted"; listener: Deno.Listener; conn: Connection }
-  | { type: "accept failed"; listener: Deno.Listener; error: unknown }
-  | { type: "received"; client: Client; count: number | null }
-  | { type: "replied"; client: Client; bytes: Uint8Array | null }
-  | { type: "owed"; client: Client }
-  | { type: "written"; client: Client; count: number }
-  | { type: "failed"; client: Client; why: string; level: Level }
-  | { type: "tick" | "abort" };
-
-type Level = "error" | "info" | "debug";
-type Connection = Deno.Conn | Deno.TcpConn; // a TCP connection has options
-
+// ---- The selector
 /**
- * What a {@linkcode Handler} replies: bytes, or a string, which is sent as
- * UTF-8. An empty reply, or none, sends nothing. Null says goodbye: what the
- * client is owed goes out, then its stream ends.
+ * A selector does for promises what the system call `select` does for sockets.
+ * The call tells which sockets are *ready* to be read from or written to. A
+ * selector tells which operations are *complete*: start one, and in its `then`
+ * callback push a record of the result. This is a small echo server. (It stops
+ * at the first error, and ignores partial writes.)
+ * ```js ignore
+ * const listener = Deno.listen({ port: 50007 });
+ * const selector = new Selector();
+ * function accept() {
+ *   listener.accept().then((conn) =>
+ *     selector.push({ type: "accepted", conn })
+ *   );
+ * }
+ * function read(conn) {
+ *   const buffer = new Uint8Array(1024);
+ *   conn.read(buffer).then((count) =>
+ *     selector.push({ type: "received", conn, buffer, count })
+ *   );
+ * }
+ * accept();
+ * while (true) {
+ *   for (const { type, conn, buffer, count } of await selector.select()) {
+ *     if (type === "accepted") {
+ *       accept(); // the next client
+ *       read(conn);
+ *     } else if (count !== null) {
+ *       conn.write(buffer.subarray(0, count));
+ *       read(conn);
+ *     } else conn.close(); // the client has ended its stream
+ *   }
+ * }
+ * ```
+ *
+ * `Promise.race` also waits for the first of many promises. But each call adds
+ * a callback to all of them, so callbacks pile up on the promise of a silent
+ * client. Here each promise has one callback.
+ */
+export class Selector<T> {
+  #completed: T[] = [];
+  #wake = () => {};
+
+  /** Adds a record of an operation that is complete. */
+  push(completion: T): void {
+    this.#completed.push(completion);
+    this.wake();
+  }
+
+  /** Waits until something is complete, and returns all that is, in order. */
+  async select(): Promise<T[]> {
+    while (this.#completed.length === 0) await this.whileEmpty();
+    return this.#completed.splice(0); // takes all, and leaves the list empty
+  }
+
+  /** What to do while nothing is complete: sleep until `wake` is called. */
+  protected whileEmpty(): Promise<void> {
+    return new Promise((resolve) => this.#wake = resolve); // keep its resolver
+  }
+
+  /** Ends the sleep. Calling it again has no effect. */
+  protected wake(): void {
+    this.#wake();
+  }
+}
+
+// ---- The interface for programs
+/**
+ * What a handler replies: bytes, or a string, which is sent as UTF-8. Nothing,
+ * or an empty reply, sends nothing. Null closes, as `Peer.close` does.
  */
 export type Reply = Uint8Array | string | null | void;
 
 /**
- * Replies to what one read has brought, at once or in a promise. For the same
- * client it is called again when the system has taken its reply, so replies
- * stay in order. Until then the server uses `bytes` and the reply: do not
- * change, reuse or transfer what you have returned. Afterwards the next message
- * overwrites `bytes`: copy what you keep of it. A message may be a part of a
- * line, or many lines.
+ * Receives the bytes of one read, and returns the reply or a promise of it. TCP
+ * has no messages, so these bytes may be a part of a line, or many lines.
+ * `bytes` is overwritten by the next read, so copy what you keep, and never
+ * transfer it. Leave the reply unchanged until it has been written. Until then
+ * the client is not read from, so if it disconnects while its reply is being
+ * made, the server notices only after the reply, or at the `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
-/**
- * A client, as its protocol sees it.
- * @example A chat: each client hears what the others say, and who leaves.
- * ```ts
- * import { listen, type Peer, serve } from "./select_server.ts";
- * const peers = new Set<Peer>();
- * await serve(listen({ port: 0 }), {
- *   protocol(peer) {
- *     const tell = (data: Uint8Array | string) => {
- *       for (const other of peers) if (other !== peer) other.send(data);
- *     };
- *     peers.add(peer);
- *     peer.send(`Hello! ${peers.size} are here.\n`);
- *     peer.closed.then(() => {
- *       peers.delete(peer);
- *       tell("One has left.\n");
- *     });
- *     return tell;
- *   },
- *   signal: AbortSignal.timeout(100),
- * });
- * ```
- */
+/** A client, as its protocol sees it. */
 export interface Peer {
   /** The address of the client. */
   readonly remoteAddr: Deno.Addr;
-  /** The address that it has connected to. */
+  /** The address to which it has connected. */
   readonly localAddr: Deno.Addr;
-  /** How many bytes it is owed: the system has not taken them yet. */
+  /** How many bytes are queued for it, and not yet taken by the system. */
   readonly bufferedAmount: number;
-  /** Resolves when it has left, for whatever reason. It never rejects. */
+  /** Resolves when the client is gone, for whatever reason. Never rejects. */
   readonly closed: Promise<void>;
   /**
-   * Sends bytes, or a string as UTF-8, after all that the client is owed
-   * already. Bytes are copied. If more wait then than the `sendLimit` of the
-   * server, the client is closed. After a goodbye, `send` does nothing.
-   *
+   * Sends bytes, which are copied, or a string as UTF-8, after what is queued
+   * already. After `close` it does nothing.
    * @throws {TypeError} If `data` is neither bytes nor a string.
    */
   send(data: Uint8Array | string): void;
-  /** Says goodbye: what the client is owed goes out, then its stream ends. */
+  /** Sends what is queued, and a reply in progress, then closes the client. */
   close(): void;
 }
 
-// A pending read keeps its buffer, so a client has a small one at first. A read
-// that fills it makes the next one large. A read that would have fitted into a
-// small one makes the next one small.
-const SMALL_BUFFER = 4 * 1024;
-const LARGE_BUFFER = 32 * 1024;
+// ---- What can complete, and what a client is
+type Completion =
+  | { type: "accepted"; listener: Deno.Listener; client: Client }
+  | { type: "accept failed"; listener: Deno.Listener; error: unknown }
+  | { type: "received"; client: Client; count: number | null }
+  | { type: "replied"; client: Client; data: Reply }
+  | { type: "written"; client: Client; count: number }
+  | { type: "failed"; client: Client; error: unknown }
+  | { type: "tick"; time: number }
+  | { type: "abort" };
 
-const EMPTY = new Uint8Array(0);
-const encoder = new TextEncoder();
-
-class Client implements Peer {
-  reading = false; // a read is pending, or waits for the next round
-  replying = false; // its handler has been called, its reply is not ready
-  writing = false; // a write is pending, or waits for the next round
-  leaving = false; // goodbye, by it or us: no more messages, no more sends
-  theyEnded = false; // it has ended its stream: there is nothing more to read
-  weEnded = false; // we have ended ours
-  ticks = 0; // since it last made progress
-  ticksLeaving = 0; // since the stop, or since we ended our stream
-  buffer = new Uint8Array(SMALL_BUFFER);
-  bufferSize = SMALL_BUFFER; // from the next read on
-  unsent: Uint8Array = EMPTY; // what the pending write writes, or its rest
-  waiting: Uint8Array[] = []; // what comes after it
-  pieces = 0; // how many have waited so far
-  bufferedAmount = 0; // how many bytes are in both: it is owed so many
-  replyLength = 0; // how many of those `sendLimit` does not count: a reply
+class Client {
+  name = "";
   handle: Handler = echo; // until its protocol has returned another one
-  readonly end = Promise.withResolvers<void>();
-  readonly closed = this.end.promise;
+  buffer = new Uint8Array(4 * 1024); // for its next read
+  outbox = new Outbox(); // the bytes that are queued for it
+  gone = Promise.withResolvers<void>();
+  // True while a read, a reply or a write is planned or under way.
+  reading = false;
+  replying = false;
+  writing = false;
+
+  // Open: what it sends is answered. Closing: its queue is still sent, but
+  // nothing more is answered. Lingering: the server has ended its own stream,
+  // and reads the client's to its end. Closed: it is gone.
+  state: "open" | "closing" | "lingering" | "closed" = "open";
+  peerEnded = false; // the client has ended its own stream
+  // Times in ms (see "Time"): when the server began to wait for the client,
+  // how long it waits, and when the client began to linger. While the client
+  // waits for a round, or has no limit, the server does not wait for it.
+  waitingSince = Infinity;
+  limit = Infinity;
+  lingersSince = Infinity;
 
   constructor(
-    readonly name: string,
-    readonly conn: Connection,
-    readonly sendLimit: number,
+    readonly conn: Deno.Conn | Deno.TcpConn,
     readonly push: (completion: Completion) => void,
-    readonly remoteAddr = conn.remoteAddr,
-    readonly localAddr = conn.localAddr,
   ) {}
 
-  // Its operations. There is one set of these functions per client, not per
-  // call, as they are passed on. Arrow functions keep `this`.
-  startRead = () => {
-    if (this.buffer.length !== this.bufferSize) {
-      this.buffer = new Uint8Array(this.bufferSize);
-    }
+  // `then(f, g)` calls f with the result, or g with the error, but only after
+  // the current code has finished or reached an `await`. These functions are
+  // created once for each client, as creating them for each operation makes the
+  // server at least 5% slower. They are arrow functions, so they keep `this`.
+  read = () => {
+    this.startClock();
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
   };
-  startWrite = () => {
-    // When the last write is out, the next takes all that waits. If each line
-    // were a write of its own, a client that is sent many lines would fall
-    // behind, however fast it reads.
-    if (this.unsent.length === 0) {
-      this.unsent = Buffer.concat(this.waiting.splice(0));
-    }
-    this.conn.write(this.unsent).then(this.onWritten, this.onFailed);
+  write = () => {
+    this.startClock();
+    this.conn.write(this.outbox.next()).then(this.onWritten, this.onFailed);
   };
+  startClock(): void { // only with a limit, as it makes the server 6% slower
+    if (this.limit < Infinity) this.waitingSince = performance.now();
+  }
   onReceived = (count: number | null) =>
     this.push({ type: "received", client: this, count });
-  onReplied = (reply: Reply) =>
-    this.push({ type: "replied", client: this, bytes: bytesOfReply(reply) });
+  onReplied = (data: Reply) =>
+    this.push({ type: "replied", client: this, data });
   onWritten = (count: number) =>
     this.push({ type: "written", client: this, count });
-  // A reply that fails is our own mistake: say where it was made.
-  onReplyFailed = (error: unknown) => this.fail(describe(error, true), "error");
-  onFailed = (error: unknown) => this.fail(describe(error), "info");
-  fail(why: string, level: Level): void {
-    this.push({ type: "failed", client: this, why, level });
-  }
-
-  // What its protocol may do with it. The loop goes on from there.
-  send(data: Uint8Array | string): void {
-    const bytes = bytesOf(data);
-    if (this.leaving) return;
-    // If bytes wait already, the loop knows.
-    if (this.bufferedAmount === 0) this.push({ type: "owed", client: this });
-    this.owe(bytes === data ? new Uint8Array(bytes) : bytes); // a copy
-    const sent = this.bufferedAmount - this.replyLength;
-    if (sent <= this.sendLimit) return;
-    this.leaving = true;
-    this.onFailed(new RangeError(`${sent} bytes wait, too many to send`));
-  }
-  close(): void {
-    if (this.leaving) return; // once: to say it again gives no more time
-    this.leaving = true;
-    this.ticks = 0;
-    this.push({ type: "owed", client: this });
-  }
-
-  /** Adds a piece to what waits: a copy, which nobody else can change. */
-  owe(bytes: Uint8Array): void {
-    this.bufferedAmount += bytes.length;
-    this.waiting.push(bytes);
-    this.pieces++;
-    // A short piece costs more memory than its bytes: join each thousand.
-    if (this.pieces % 1000 === 0) {
-      this.waiting.push(Buffer.concat(this.waiting.splice(-1000)));
-    }
-  }
+  onFailed = (error: unknown) =>
+    this.push({ type: "failed", client: this, error });
 }
-
-/** What {@linkcode serve} has done. A message is what one read has brought. */
-export type Totals = { clients: number; messages: number; bytes: number };
-
-/** How to {@linkcode serve}. Times are in milliseconds. */
-export interface ServeOptions {
-  /**
-   * Is called when a client connects, and returns the function that replies to
-   * it. So its local variables belong to that client. By default every client
-   * gets {@linkcode echo}.
-   */
-  protocol?: (peer: Peer) => Handler;
-  /**
-   * Closes a client that makes no progress for so long. Progress is a message
-   * that comes, a reply that is ready, or room in the system's buffer, which is
-   * there when the client has read enough. A goodbye starts the time anew, but
-   * only once. A client whose reply takes longer is closed, too. By default
-   * there is no such limit.
-   */
-  idleTimeout?: number;
-  /**
-   * Closes a client when more than so many bytes wait that were sent to it. A
-   * reply does not count, as there is only one at a time. Behind a reply, the
-   * limit is up to its length higher until all is out. By default 1 MiB.
-   */
-  sendLimit?: number;
-  /** Stops the server when it aborts. */
-  signal?: AbortSignal;
-  /**
-   * How long a goodbye may take. A stop closes every client that is still there
-   * after this time. After any other goodbye, a client is closed when it makes
-   * no progress for this time, or is still there so long after the end of our
-   * stream to it; but not before 500 ms. After that end, a client that is
-   * silent for 500 ms is closed in any case. By default 5,000.
-   */
-  grace?: number;
-  /**
-   * Where to log. A level without a method is not logged. `debug` is a line for
-   * each message. By default errors go to the console.
-   */
-  logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
-}
-
-const TICK = 100; // ms
-const LINGER = 500; // ms of silence, after we have ended our stream to a client
 
 // ---- The server
-
 /**
- * Serves every client of every listener in one loop. Resolves when all the
- * listeners are closed and all the clients have left. An abort of the signal
- * closes the listeners, and says goodbye to the clients. Trouble with one
- * client closes that client and no other.
- *
- * @throws {RangeError} If `idleTimeout` is not above 0, or `grace` or
- * `sendLimit` is not 0 or more.
- * @example A greeting, an answer, and a last word.
+ * Serves every client of every listener in one loop, without a limit on their
+ * number. Resolves when all listeners are closed and all clients are gone. When
+ * the signal aborts, it closes the listeners, and each client as `Peer.close`
+ * does. An error with one client closes only that client. One that half-closes
+ * is closed when its queue has been sent.
+ * @throws {RangeError} If an option is a number that is not 0 or more.
+ * @example A chat: each client hears what the others say.
  * ```ts
- * import { listen, serve } from "./select_server.ts";
- * const totals = await serve(listen({ port: 0 }), {
+ * import { type Peer, serve } from "./select_server.ts";
+ * const peers = new Set<Peer>();
+ * await serve([Deno.listen({ hostname: "127.0.0.1", port: 0 })], {
  *   protocol(peer) {
- *     peer.send("Say something!\n");
+ *     peers.add(peer);
+ *     peer.closed.then(() => peers.delete(peer));
+ *     peer.send(`Welcome! ${peers.size} are here.\n`);
  *     return (bytes) => {
- *       peer.send(`You said ${bytes.length} bytes. Goodbye!\n`);
- *       return null;
+ *       for (const other of peers) if (other !== peer) other.send(bytes);
  *     };
  *   },
  *   signal: AbortSignal.timeout(100),
  * });
- * console.log(totals); // nobody came: { clients: 0, messages: 0, bytes: 0 }
  * ```
  */
 export async function serve(
   listeners: Deno.Listener[],
   options: ServeOptions = {},
 ): Promise<Totals> {
-  const { protocol = () => echo, idleTimeout = Infinity, signal } = options;
-  const { sendLimit = 2 ** 20, grace = 5000 } = options;
-  const logger: NonNullable<ServeOptions["logger"]> = options.logger ??
-    { error: console.error };
-  check("idleTimeout", idleTimeout, idleTimeout > 0, "milliseconds above 0");
-  check("grace", grace, grace >= 0, "milliseconds from 0 up");
-  check("sendLimit", sendLimit, sendLimit >= 0, "bytes from 0 up");
-  const selector = new Selector<Completion>();
+  const { protocol = () => echo, signal } = options;
+  const { idleTimeout = Infinity, sendLimit = 2 ** 20, grace = 5000 } = options;
+  const logger: Logger = options.logger ?? { error: console.error };
+  const numbers = { idleTimeout, sendLimit, grace };
+  for (const [name, value] of Object.entries(numbers)) {
+    if (value >= 0) continue;
+    throw new RangeError(`${name} is ${value}: expected 0 or more`);
+  }
+  const selector = new FairSelector<Completion>(); // see "Fair turns"
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
   const clients = new Set<Client>();
-  const totals: Totals = { clients: 0, messages: 0, bytes: 0 };
+  const totals: Totals = { clients: 0, reads: 0, bytes: 0 };
+  let stoppedAt = Infinity; // ms
   let nextTick: ReturnType<typeof setTimeout> | undefined;
-  // While descriptors are short: this timer logs that they are back.
-  let shortage: ReturnType<typeof setTimeout> | undefined;
   const onAbort = () => push({ type: "abort" });
   signal?.addEventListener("abort", onAbort);
   if (signal?.aborted) onAbort();
   for (const listener of listening) {
     log("info", `listening on ${formatAddress(listener.addr)}`);
-    startAccept(listener);
+    accept(listener);
   }
 
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
-      // The client may have left already.
-      if ("client" in completion && !clients.has(completion.client)) continue;
-      switch (completion.type) {
-        case "accepted": // a client has connected: wait for the next one, too
-          startAccept(completion.listener);
-          welcome(completion.conn);
-          break;
-        case "received": // null is the end of its stream
-          receive(completion.client, completion.count);
-          break;
-        case "replied": // a reply that has taken its time in a promise
-          takeReply(completion.client, completion.bytes);
-          break;
-        case "owed": // something was sent to it, or goodbye was said to it
-          goOn(completion.client);
-          break;
-        case "written": // perhaps a part only: the rest goes out next
-          takeWritten(completion.client, completion.count);
-          break;
-        case "failed": // reset, broken pipe, handler: it ends this client
-          disconnect(completion.client, completion.why, completion.level);
-          break;
-        case "accept failed": // client gone, port closed, or no descriptors
-          acceptFailed(completion.listener, completion.error);
-          break;
-        case "tick": // some time has passed: which clients are overdue?
-          tick();
-          break;
-        case "abort": // no more clients, no more messages: say goodbye to all
-          stop();
-          break;
-        default: // the compiler checks that no case is missing
-          completion satisfies never;
+      const client = "client" in completion ? completion.client : undefined;
+      if (client?.state === "closed") continue; // in the meantime
+      try {
+        switch (completion.type) {
+          case "accepted": // a new client: wait for the next one, too
+            accept(completion.listener);
+            welcome(completion.client);
+            break;
+          case "received": // null says that the client has ended its stream
+            receive(completion.client, completion.count);
+            break;
+          case "replied": // the handler's promise has brought its reply
+            reply(completion.client, completion.data);
+            break;
+          case "written": // perhaps only a part: the rest is written next
+            written(completion.client, completion.count);
+            break;
+          case "failed": // a reset, a broken pipe, a promise that rejects
+            disconnect(completion.client, completion.error);
+            break;
+          case "accept failed": // client gone, port closed, or no descriptors
+            acceptFailed(completion.listener, completion.error);
+            break;
+          case "tick": // some time has passed: who has taken too long?
+            tick(completion.time);
+            break;
+          case "abort": // no more clients, and no more handlers are called
+            stop();
+            break;
+          default: // the compiler checks that no case is missing
+            completion satisfies never;
+        }
+      } catch (error) { // a handler that throws ends its client alone
+        if (!client) throw error; // it belongs to no client
+        disconnect(client, error, true);
       }
     }
   }
   clearTimeout(nextTick);
-  clearTimeout(shortage);
   signal?.removeEventListener("abort", onAbort);
-  const { clients: served, messages, bytes } = totals;
-  log("info", `served ${served} clients, ${messages} messages, ${bytes} bytes`);
+  const { clients: served, reads, bytes } = totals;
+  log("info", `served ${served} clients, ${reads} reads, ${bytes} bytes`);
   return totals;
 
-  // Only the steps of the loop follow. A function may be called above its
-  // declaration, so the loop could come first.
-
-  function startAccept(listener: Deno.Listener): void {
-    listener.accept().then(
-      (conn) => push({ type: "accepted", listener, conn }),
-      (error) => push({ type: "accept failed", listener, error }),
-    );
+  // The steps, in the order of a client's life. (Function declarations hoist.)
+  function accept(listener: Deno.Listener): void {
+    listener.accept().then((conn) => {
+      push({ type: "accepted", listener, client: new Client(conn, push) });
+    }, (error) => push({ type: "accept failed", listener, error }));
   }
 
-  function welcome(conn: Connection): void {
-    const id = ++totals.clients;
-    const name = `client ${id} (${formatAddress(conn.remoteAddr)})`;
-    const client = new Client(name, conn, sendLimit, push);
+  function welcome(client: Client): void {
+    const { conn } = client;
+    const { remoteAddr, localAddr } = conn;
     clients.add(client);
-    log("info", `${name} connected`);
+    client.name = `client ${++totals.clients} (${formatAddress(remoteAddr)})`;
+    log("info", `${client.name} connected`);
     try {
-      // Without the first, a reply may wait until the client has acknowledged
-      // the one before (RFC 896). Without the second, a client whose machine
-      // has vanished stays for ever.
+      // Send small replies at once, without Nagle's delay (RFC 896), and notice
+      // a client whose machine has vanished (RFC 1122, 4.2.3.6).
       if ("setNoDelay" in conn) conn.setNoDelay();
       if ("setKeepAlive" in conn) conn.setKeepAlive();
-    } catch { /* a client that has reset already: its first read says so */ }
-    if (idleTimeout < Infinity) startTick();
-    client.leaving = signal?.aborted ?? false; // accepted just before the stop
-    try {
-      client.handle = protocol(client);
-      goOn(client);
-    } catch (error) {
-      client.onReplyFailed(error);
-    }
+    } catch { /* the client has reset already: its first read says so */ }
+    limit(client, idleTimeout);
+    client.reading = true;
+    client.read(); // at once, so that its time begins now
+    client.handle = protocol({
+      remoteAddr,
+      localAddr,
+      closed: client.gone.promise,
+      get bufferedAmount() {
+        return client.outbox.length;
+      },
+      send: (data) => send(client, data),
+      close: () => close(client),
+    });
+    if (stoppedAt < Infinity) close(client); // accepted just before the stop
   }
 
   /**
-   * Decides what comes next for a client, and is called after every change of
-   * it. What it decides starts in the next round. While a client is owed
-   * something, it asks for no new read. So a client that does not read cannot
-   * make us keep more and more (back-pressure).
+   * Decides what comes next for a client, after each completion. After the
+   * first read, reads are planned only here. One client, from start to end:
+   *
+   *     accepted          (its first read is started)           reading
+   *     received 4 bytes  the handler replies: write at once    writing
+   *     written 2 bytes   a partial write: plan to write more   writing
+   *     written 2 bytes   the queue is empty: plan a read       reading
+   *     received null     the queue is empty: disconnect
    */
-  function goOn(client: Client): void {
-    if (client.leaving) startTick();
-    if (client.bufferedAmount > 0) {
-      if (client.writing) return;
-      client.writing = true;
-      selector.nextRound(client.startWrite);
-    } else if (client.theyEnded) {
-      disconnect(client, "end of stream", "info");
-    } else if (!client.replying) {
-      if (client.leaving && !client.weEnded) {
-        // Ends our stream. Theirs is read to its end, unanswered: to close with
-        // bytes unread would reset the connection, and a reply on its way would
-        // be lost (RFC 1122, 4.2.2.13).
-        client.weEnded = true;
-        client.ticks = 0;
-        client.conn.closeWrite().catch(client.onFailed);
-      }
-      if (client.reading) return;
-      client.reading = true;
-      selector.nextRound(client.startRead);
+  function advance(client: Client): void {
+    if (client.waitingSince < Infinity) client.startClock(); // see "Time"
+    // No read is planned while bytes are queued, so a client that does not read
+    // cannot make the server keep more and more of them (back-pressure).
+    if (client.outbox.length > 0) plan(client, "writing");
+    else if (client.peerEnded) disconnect(client, "end of stream");
+    else if (!client.replying) {
+      if (client.state === "closing") endStream(client);
+      plan(client, "reading");
     }
+  }
+
+  /** Starts a read or a write in the next round, unless one is on its way. */
+  function plan(client: Client, what: "reading" | "writing"): void {
+    if (client[what]) return;
+    client[what] = true;
+    client.waitingSince = Infinity;
+    selector.nextRound(what === "reading" ? client.read : client.write);
   }
 
   function receive(client: Client, count: number | null): void {
+    const { handle, buffer } = client;
     client.reading = false;
-    client.ticks = 0;
-    if (count === null) client.theyEnded = client.leaving = true;
-    if (count === null || client.leaving) return goOn(client);
-    if (count === client.buffer.length) client.bufferSize = LARGE_BUFFER;
-    else if (count < SMALL_BUFFER) client.bufferSize = SMALL_BUFFER;
-    totals.messages++;
+    if (count === null) client.peerEnded = true;
+    if (count === null || client.state !== "open") return advance(client);
+    totals.reads++;
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
+    if (count === buffer.length && count < LARGEST_BUFFER) {
+      client.buffer = new Uint8Array(2 * count);
+    }
     client.replying = true;
-    try {
-      const reply = client.handle(client.buffer.subarray(0, count));
-      const isReady = reply instanceof Uint8Array ||
-        typeof reply !== "object" || reply === null;
-      if (isReady) return takeReply(client, bytesOfReply(reply));
-      const later = Promise.resolve(reply).then(client.onReplied);
-      later.catch(client.onReplyFailed);
-    } catch (error) {
-      client.onReplyFailed(error);
-    }
+    const result = handle(buffer.subarray(0, count));
+    if (typeof result === "object" && result !== null && "then" in result) {
+      Promise.resolve(result).then(client.onReplied, client.onFailed);
+      advance(client);
+    } else reply(client, result);
   }
 
-  function takeReply(client: Client, bytes: Uint8Array | null): void {
-    client.replying = false;
-    client.ticks = 0;
-    client.replyLength = bytes?.length ?? 0;
-    if (bytes === null) client.leaving = true;
-    else if (client.bufferedAmount > 0) client.owe(new Uint8Array(bytes));
-    else if (bytes.length > 0) {
-      // The usual case: no copy is made, and no round is waited for.
-      client.bufferedAmount = bytes.length;
-      client.unsent = bytes;
+  function reply(client: Client, data: Reply): void {
+    const { outbox } = client;
+    const bytes = bytesOf(data ?? "");
+    if (outbox.length === 0 && bytes.length > 0) {
+      // The usual case, one reply for each read, needs no copy and no round.
+      outbox.hold(bytes);
       client.writing = true;
-      client.startWrite();
-    }
-    goOn(client);
+      client.write();
+    } else outbox.add(bytes);
+    client.replying = false;
+    if (data === null) close(client);
+    advance(client);
   }
 
-  function takeWritten(client: Client, count: number): void {
+  function written(client: Client, count: number): void {
     client.writing = false;
-    client.ticks = 0;
-    client.bufferedAmount -= count;
-    client.replyLength = Math.min(client.replyLength, client.bufferedAmount);
-    const isOut = count === client.unsent.length;
-    client.unsent = isOut ? EMPTY : client.unsent.subarray(count);
-    goOn(client);
+    client.outbox.remove(count);
+    advance(client);
   }
 
-  function disconnect(client: Client, why: string, level: Level): void {
-    const { name, conn, writing, replying } = client;
-    const doing = writing ? "writing" : replying ? "replying" : "reading";
-    log(level, `${name} disconnected while ${doing}: ${why}`);
-    client.unsent = EMPTY; // its peer may be kept: keep no bytes for it
-    client.waiting = [];
-    client.bufferedAmount = 0;
-    clients.delete(client);
-    client.leaving = true;
-    client.end.resolve();
-    // Deno 2.8 leaves a connection open that is closed while it is read from,
-    // so end its stream first. This fails if it has been reset: no matter.
-    conn.closeWrite().catch(() => {});
-    conn[Symbol.dispose](); // unlike close, it may find the connection closed
-  }
-
-  function acceptFailed(listener: Deno.Listener, error: unknown): void {
-    if (GAVE_UP.some((kind) => error instanceof kind)) {
-      // In a round: a crowd that does only this must not hold up the loop.
-      selector.nextRound(() => startAccept(listener));
-    } else if (error instanceof Deno.errors.BadResource) {
-      listening.delete(listener); // a stop has closed it, or somebody else
-      log("info", `${formatAddress(listener.addr)} is closed`);
-    } else { // descriptors are short, most likely
-      if (!shortage) log("error", `accepting pauses: ${describe(error)}`);
-      clearTimeout(shortage);
-      shortage = selector.after(2 * TICK, () => {
-        shortage = undefined;
-        log("error", "accepting again"); // as severe as the line before it
-      });
-      // After a stop it finds that the listener is closed.
-      selector.after(TICK, () => startAccept(listener));
-    }
-  }
-
-  function startTick(): void {
-    nextTick ??= selector.after(TICK, () => push({ type: "tick" }));
+  function close(client: Client): void {
+    if (client.state !== "open") return;
+    client.state = "closing";
+    limit(client, grace);
+    advance(client);
   }
 
   /**
-   * A tick comes after all that is ready by then (see `after`). So a client
-   * that has sent in time is never closed only because the loop is late. The
-   * first tick may follow a client's last progress at once, so it counts as 0.
+   * Ends the server's stream. The client's is read to its end, unanswered: a
+   * close with bytes unread would reset the connection, and a reply that is
+   * still on its way would be lost (RFC 1122, 4.2.2.13).
    */
-  function tick(): void {
+  function endStream(client: Client): void {
+    client.state = "lingering";
+    client.lingersSince = performance.now();
+    limit(client, LINGER);
+    client.conn.closeWrite().catch(client.onFailed);
+  }
+
+  function disconnect(client: Client, why: unknown, isError = false): void {
+    if (!clients.delete(client)) return; // it is closed already
+    // Losing queued bytes, or a reply in progress, also counts as an error.
+    isError ||= client.outbox.length > 0 || client.replying;
+    client.state = "closed";
+    client.outbox = new Outbox(); // a program may keep the peer: free its bytes
+    client.gone.resolve();
+    // Deno 2.8 closes no connection with a read pending and its stream open.
+    client.conn.closeWrite().catch(() => {}); // rejects after a reset
+    client.conn[Symbol.dispose](); // unlike close, it never throws
+    log(isError ? "error" : "info", `${client.name} disconnected:`, why);
+  }
+
+  // ---- Sending at any time
+  function send(client: Client, data: Uint8Array | string): void {
+    const bytes = bytesOf(data);
+    const { state, outbox } = client;
+    if (state !== "open") return;
+    if (outbox.length > sendLimit) {
+      client.state = "closing"; // so it is sent nothing more
+      client.onFailed(new RangeError(`${outbox.length} bytes are queued`));
+    } else outbox.add(bytes);
+    if (outbox.length > 0) plan(client, "writing");
+  }
+
+  // ---- Time
+  /** Gives a client a new limit, in ms, from now on. */
+  function limit(client: Client, ms: number): void {
+    client.limit = ms;
+    client.startClock();
+    if (ms < Infinity) startTick();
+  }
+
+  /** Schedules a tick in 100 ms, unless one is scheduled already. */
+  function startTick(): void {
+    nextTick ??= setTimeout(() => {
+      // All that arrives by this time is handled before the tick. So even if a
+      // handler computes for long, no client that has sent in time is closed.
+      const time = performance.now();
+      selector.catchUp();
+      selector.nextRound(() => push({ type: "tick", time }));
+    }, TICK);
+  }
+
+  /** Closes the clients for which the server has waited long enough. */
+  function tick(time: number): void {
     nextTick = undefined;
-    const stopping = signal?.aborted ?? false;
-    const patience = stopping ? grace : Math.max(grace, LINGER);
     for (const client of clients) {
-      const { leaving, weEnded, replying } = client;
-      const idle = TICK * client.ticks++;
-      const since = weEnded || stopping ? TICK * client.ticksLeaving++ : 0;
-      const limit = weEnded ? LINGER : leaving ? patience : Infinity;
-      const level = replying ? "error" : "info"; // we owe it a reply
-      if (since >= patience) {
-        disconnect(client, "the grace time is over", level);
-      } else if (idle >= Math.min(limit, idleTimeout)) {
-        disconnect(client, `no progress for ${idle / 1000} s`, level);
-      } else if (leaving || idleTimeout < Infinity) {
-        startTick();
-      }
+      const waited = Math.floor(time - client.waitingSince);
+      const ending = time - Math.min(client.lingersSince, stoppedAt);
+      if (waited >= client.limit) {
+        disconnect(client, `no progress for ${waited} ms`);
+      } else if (ending >= grace) disconnect(client, "the grace time is over");
+      else if (client.limit < Infinity) startTick();
+    }
+  }
+
+  // ---- Trouble, and the stop
+  function acceptFailed(listener: Deno.Listener, error: unknown): void {
+    if (error instanceof Deno.errors.BadResource || stoppedAt < Infinity) {
+      listening.delete(listener); // closed, by the stop or by the program
+    } else if (CLIENT_GONE.some((kind) => error instanceof kind)) {
+      selector.nextRound(() => accept(listener)); // after the other clients
+    } else { // most likely there are no file descriptors left
+      log("error", "accepting pauses for a second:", error);
+      setTimeout(() => accept(listener), 1000); // a stop may wait for this
     }
   }
 
   function stop(): void {
     log("info", `stopping: ${clients.size} clients are connected`);
-    clearTimeout(shortage);
-    // What is closed makes its accept fail.
+    stoppedAt = performance.now();
     for (const listener of listening) listener[Symbol.dispose]();
-    for (const client of clients) client.close();
+    for (const client of clients) close(client);
   }
 
-  async function log(level: Level, line: string): Promise<void> {
+  async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
-      // An error may quote what a client has sent: it must not make a new line.
-      await logger[level]?.(line.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " "));
-    } catch { /* a log that fails costs no client its connection */ }
+      const isError = level === "error" && why instanceof Error;
+      const shown = isError ? Deno.inspect(why) : why; // with its stack
+      // An error may quote what a client has sent: keep it on one line.
+      const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
+      await logger[level]?.(line.trim());
+    } catch { /* a logger that throws or rejects costs nobody a connection */ }
   }
 }
 
-// An accept fails so if the client has left before it was accepted.
+// Every waiting client occupies a buffer, so the first one is small. A read
+// that fills it makes the next one twice as large, up to this.
+const LARGEST_BUFFER = 64 * 1024;
+const TICK = 100; // ms
+const LINGER = 1000; // ms of silence, after the end of the server's stream
+// An accept fails with one of these if the client has disconnected already.
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;
-const GAVE_UP = [NotConnected, ConnectionAborted, ConnectionReset];
+const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
 
-function check(name: string, value: number, valid: boolean, expected: string) {
-  if (!valid) throw new RangeError(`${name} is ${value}, expected ${expected}`);
-}
-
-function formatAddress(addr: Deno.Addr): string {
-  if (!("hostname" in addr)) return Deno.inspect(addr);
-  const bare = addr.hostname.replace(/^\[|\]$/g, ""); // of an IPv6 address
-  return `${bare.includes(":") ? `[${bare}]` : bare}:${addr.port}`;
-}
-
-/** Says in words what has failed, or was thrown or sent. It may be anything. */
-function describe(error: unknown, withStack = false): string {
-  try {
-    return withStack ? Deno.inspect(error) : String(error);
-  } catch {
-    return "something that cannot be shown";
-  }
-}
-
-function bytesOfReply(reply: Reply): Uint8Array | null {
-  return reply === null ? null : bytesOf(reply ?? EMPTY);
-}
-
-function bytesOf(data: unknown): Uint8Array {
-  if (typeof data === "string") return encoder.encode(data);
-  if (data instanceof Uint8Array) return data;
-  throw new TypeError(`${describe(data, true)} is neither bytes nor a string`);
-}
-
-// ---- The selector
-
-// Three numbers that follow from the runtime. To tokio, which does Deno's I/O,
-// this program is one task. In one turn tokio completes at most 128 operations
-// of a task, and puts off the rest (`tokio::task::coop`). It comes back to them
-// within 61 turns (`event_interval`). Where a runtime does otherwise, these
-// numbers cost speed or fairness, not correctness.
-
-// How many operations of a round start in one turn. Each read leads to a write,
-// often in the next turn. So a turn has 60 reads and the 60 writes of the batch
-// before, and they fit into the 128.
-const BATCH = 60;
-
-// With so many completions at once, some operations may have been put off. A
-// busy server has 120 in nearly every turn: those 60 reads and 60 writes. This
-// is intended: it makes the next round wait for those put off, so no client
-// starves.
-const CROWD = 120;
-
-// How many turns the next round waits then, and after a timer: more than 61.
-const CATCH_UP = 64;
-
-const LONGEST = 2 ** 31 - 1; // ms, as a timer holds 31 bits
-const turn = () => new Promise<void>((resolve) => void setImmediate(resolve));
-
+// ---- Fair turns
 /**
- * The select of promises. `select(2)` tells which sockets are *ready* for an
- * operation. This one tells which operations are *complete*: start one, and in
- * its `then` push a record of it, a `T` of your choice. So each promise gets
- * one `then`, while `Promise.race` gives one more to all of them at each call.
- *
- * @typeParam T A record of what has completed.
+ * A selector that gives every client its turn.
+ * With the plain selector, a thousand clients that ask again as soon as they
+ * are answered are not served alike: most of them wait for seconds. In one turn
+ * of its event loop, Deno's runtime (tokio) completes at most 128 operations.
+ * It postpones the others, and begins the next turn with those that became
+ * ready later, which are the clients that have just been answered.
+ * So operations are planned, and started in *rounds*. A round begins when all
+ * that was ready has been handed out: no client is read from twice before every
+ * client that is ready has been read from once.
  * @example
  * ```ts
- * import { Selector } from "./select_server.ts";
- * const selector = new Selector<string>();
- * Promise.resolve(1).then((value) => selector.push(`got ${value}`));
- * console.log(await selector.select()); // [ "got 1" ]
+ * import { FairSelector } from "./select_server.ts";
+ * const selector = new FairSelector<string>();
  * selector.nextRound(() => selector.push("started"));
  * console.log(await selector.select()); // [ "started" ]
  * ```
  */
-export class Selector<T> {
-  #completed: T[] = [];
-  #round: (() => void)[] = []; // what is still to start in this round
-  #nextRound: (() => void)[] = [];
-  #turnsLeft = 0; // before the next round
-  #wakeUp: PromiseWithResolvers<void> | undefined; // while it sleeps
+export class FairSelector<T> extends Selector<T> {
+  #planned: (() => void)[] = []; // for the next round
+  #round: (() => void)[] = []; // what is still to be started in this round
+  #turnsLeft = 0; // before the next round may begin
 
-  /** Adds a record of what has completed: the next `select` hands it out. */
-  push(completion: T): void {
-    this.#completed.push(completion);
-    this.#wakeUp?.resolve();
-  }
-
-  /**
-   * Starts an operation in the next round: when all that has completed by then
-   * has been handed out. So no client is read from twice before each client
-   * that is ready has been read from once. It is `select` that starts it.
-   */
+  /** Starts an operation in the next round. */
   nextRound(start: () => void): void {
-    this.#nextRound.push(start);
-    this.#wakeUp?.resolve();
+    this.#planned.push(start);
+    this.wake();
   }
 
-  /**
-   * Starts an operation after `ms` milliseconds, and after all that is ready by
-   * then. Returns the timer, for `clearTimeout`.
-   *
-   * @throws {RangeError} If `ms` is more than a timer holds, 2,147,483,647.
-   */
-  after(ms: number, start: () => void): ReturnType<typeof setTimeout> {
-    check("ms", ms, ms <= LONGEST, `at most ${LONGEST}`);
-    return setTimeout(() => {
-      this.#turnsLeft = CATCH_UP; // what is ready by now comes first
-      this.nextRound(start);
-    }, ms);
+  /** Hands out completions, as every selector does, and notes whether many. */
+  override async select(): Promise<T[]> {
+    const completions = await super.select();
+    if (completions.length >= MANY) this.catchUp();
+    return completions;
   }
 
-  /**
-   * Resolves to all that has completed since the last call, in order, when
-   * there is something. If `timeout` milliseconds pass before, it resolves to
-   * an empty list. With 0 it polls: it hands out what is ready by now, or an
-   * empty list.
-   *
-   * @throws {RangeError} If `timeout` is finite, and more than a timer holds.
-   */
-  async select(timeout = Infinity): Promise<T[]> {
-    let timeIsUp = false;
-    const timer = timeout < Infinity
-      ? this.after(timeout, () => timeIsUp = true)
-      : undefined;
-    while (this.#completed.length === 0 && !timeIsUp) {
-      if (this.#round.length > 0) {
-        // A round is going on: start some more of its operations.
-        for (const start of this.#round.splice(0, BATCH)) start();
-        await turn();
-      } else if (this.#turnsLeft > 0) {
-        // It is over. Before the next, let those come in that were put off.
-        this.#turnsLeft--;
-        await turn();
-      } else if (this.#nextRound.length > 0) {
-        // All that was ready has been handed out: begin the next round.
-        this.#round = this.#nextRound.splice(0);
-      } else {
-        // There is nothing to start: sleep until push or nextRound is called.
-        const wakeUp = this.#wakeUp ??= Promise.withResolvers<void>();
-        await wakeUp.promise;
-        // Another caller of select may have woken, and gone to sleep again.
-        if (wakeUp === this.#wakeUp) this.#wakeUp = undefined;
-      }
+  /** Lets all that is ready, or postponed, complete before the next round. */
+  catchUp(): void {
+    this.#turnsLeft = CATCH_UP;
+  }
+
+  /** What to do while nothing is complete: start what is planned, or sleep. */
+  protected override whileEmpty(): Promise<void> {
+    if (this.#round.length === 0 && this.#turnsLeft === 0) {
+      this.#round = this.#planned.splice(0); // every client has had its turn
     }
-    clearTimeout(timer);
-    if (this.#completed.length >= CROWD) this.#turnsLeft = CATCH_UP;
-    return this.#completed.splice(0);
+    if (this.#round.length > 0) {
+      for (const start of this.#round.splice(0, BATCH)) start();
+    } else if (this.#turnsLeft > 0) {
+      this.#turnsLeft--;
+    } else return super.whileEmpty();
+    return new Promise((resolve) => void setImmediate(resolve)); // take a turn
   }
 }
 
-// ---- Ports and replies
+// Three numbers that follow from tokio's 128. (With another runtime, speed or
+// fairness may suffer, but no bytes are lost.) In one turn, a BATCH of reads
+// starts, beside as many writes that follow from the reads before. After MANY
+// completions, as a busy server often has, others may have been postponed. Then
+// the next round waits for CATCH_UP turns, as tokio takes up what it has
+// postponed within 61 (`event_interval`).
+const BATCH = 60;
+const MANY = 120;
+const CATCH_UP = 64;
 
-/** Where to {@linkcode listen}. */
-export interface ListenOptions {
-  /** An address or a name. By default 127.0.0.1, for this machine only. */
-  hostname?: string;
-  /** The first port, by default 50007. With 0 the system chooses each port. */
-  port?: number;
-  /** How many ports, one after the other. By default 1. */
-  ports?: number;
-}
+// ---- The queue of a client
+/** A queue of bytes: some are being written, and others wait behind them. */
+class Outbox {
+  length = 0; // bytes in all
+  #writing: Uint8Array = EMPTY;
+  #waiting: Uint8Array = EMPTY; // a block, with room for more at its end
 
-/**
- * Opens consecutive ports: all of them or, if one cannot be opened, none.
- *
- * @throws {RangeError} If `ports` is not a whole number from 1 up.
- * @throws {Error} If a port cannot be opened. The message names it, and the
- * cause says why.
- * @example
- * ```ts
- * import { listen } from "./select_server.ts";
- * const listeners = listen({ port: 0, ports: 2 });
- * for (using listener of listeners) console.log(listener.addr.port);
- * ```
- */
-export function listen(options: ListenOptions = {}): Deno.TcpListener[] {
-  const { hostname = "127.0.0.1", port: first = 50007, ports = 1 } = options;
-  const isCount = Number.isInteger(ports) && ports > 0;
-  check("ports", ports, isCount, "a whole number from 1 up");
-  using opened = new DisposableStack(); // closes them if one cannot be opened
-  const listeners = Array.from({ length: ports }, (_, i) => {
-    const port = first === 0 ? 0 : first + i;
-    try {
-      // With the default backlog of 511, a crowd that connects at once would
-      // have to try again, for seconds.
-      return opened.use(Deno.listen({ hostname, port, tcpBacklog: 4096 }));
-    } catch (cause) {
-      const address = formatAddress({ transport: "tcp", hostname, port });
-      const message = `cannot listen on ${address}: ${describe(cause)}`;
-      throw new Error(message, { cause });
+  /** Takes bytes into the empty queue as they are, without a copy. */
+  hold(bytes: Uint8Array): void {
+    this.#writing = bytes;
+    this.length = bytes.length;
+  }
+
+  /** Copies bytes to the end. */
+  add(bytes: Uint8Array): void {
+    const used = this.length - this.#writing.length;
+    const needed = used + bytes.length;
+    if (needed > this.#waiting.length) {
+      const larger = new Uint8Array(2 * needed);
+      larger.set(this.#waiting.subarray(0, used));
+      this.#waiting = larger;
     }
-  });
-  opened.move(); // all are open: do not close them
-  return listeners;
+    this.#waiting.set(bytes, used);
+    this.length += bytes.length;
+  }
+
+  /** What to write now: the rest of the last write, or else all that waits. */
+  next(): Uint8Array {
+    if (this.#writing === EMPTY) {
+      this.#writing = this.#waiting.subarray(0, this.length);
+      this.#waiting = EMPTY;
+    }
+    return this.#writing;
+  }
+
+  /** Removes what has been written. */
+  remove(count: number): void {
+    if (count === 0) throw new TypeError("the reply has been transferred");
+    this.length -= count;
+    const isAll = count === this.#writing.length;
+    this.#writing = isAll ? EMPTY : this.#writing.subarray(count);
+  }
 }
 
-/**
- * Replies with exactly the bytes that came (RFC 862).
- * @example
- * ```ts
- * import { echo } from "./select_server.ts";
- * console.log(echo(new Uint8Array([1, 2]))); // Uint8Array(2) [ 1, 2 ]
- * ```
- */
-export const echo = (bytes: Uint8Array): Uint8Array => bytes;
+function bytesOf(data: Uint8Array | string): Uint8Array {
+  if (data instanceof Uint8Array) return data;
+  if (typeof data === "string") return encoder.encode(data);
+  throw new TypeError(`neither bytes nor a string: ${Deno.inspect(data)}`);
+}
 
-/**
- * Replies as the book's server does: `Echo=>TEXT at TIME`. The bytes need not
- * be text.
- * @example
- * ```ts
- * import { stamp } from "./select_server.ts";
- * const reply = stamp(new TextEncoder().encode("spam"));
- * console.log(new TextDecoder().decode(reply)); // Echo=>spam at 20...
- * ```
- */
-export function stamp(bytes: Uint8Array): Uint8Array {
+function formatAddress(addr: Deno.Addr): string {
+  if (!("hostname" in addr)) return Deno.inspect(addr);
+  const { hostname, port } = addr;
+  return `${hostname.includes(":") ? `[${hostname}]` : hostname}:${port}`;
+}
+
+const EMPTY = new Uint8Array(0);
+const encoder = new TextEncoder();
+const echo = (bytes: Uint8Array): Uint8Array => bytes; // RFC 862
+
+// ---- Options
+/** How to {@linkcode serve}. Times are in milliseconds. */
+export interface ServeOptions {
+  /**
+   * Called when a client connects. Returns its handler, so variables that are
+   * declared in a protocol belong to one client. By default an echo.
+   */
+  protocol?: (peer: Peer) => Handler;
+  /**
+   * Closes a client that has neither sent nor taken a byte for this time, even
+   * while its reply is being made. By default there is no limit.
+   */
+  idleTimeout?: number;
+  /**
+   * Closes a client if more bytes than this are queued when `send` is called,
+   * so set it above your largest reply or burst. By default 1 MiB.
+   */
+  sendLimit?: number;
+  /**
+   * Closes a client that is being closed, but takes no byte for this time; and
+   * every client this long after a stop, or after the server has ended its
+   * stream (or after 1,000 ms of silence then). By default 5,000.
+   */
+  grace?: number;
+  /** Stops the server when it aborts. */
+  signal?: AbortSignal;
+  /**
+   * Where to log: lost bytes or replies are errors, clients that come and go
+   * are info, reads are debug. By default errors go to the console, which
+   * blocks the whole server while its reader is slow.
+   */
+  logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
+}
+
+type Logger = NonNullable<ServeOptions["logger"]>;
+
+/** Counts of clients, of reads that returned bytes, and of these bytes. */
+export type Totals = { clients: number; reads: number; bytes: number };
+
+// ---- The command line
+/** Replies as the book's server does: `Echo=>TEXT at TIME`. */
+function stamp(bytes: Uint8Array): Uint8Array {
   const time = encoder.encode(` at ${new Date().toISOString()}`);
   return new Uint8Array([...encoder.encode("Echo=>"), ...bytes, ...time]);
 }
 
-// ---- The command line: a program that copies the server needs nothing below
-
 const HELP = `\
-Select server: echoes what its clients send, on several ports, in one loop.
+Select server: echoes what its clients send, on two ports, in one loop.
 
   deno run --allow-net select_server.ts [OPTIONS]
 
   -H, --host HOST        address to listen on (127.0.0.1: this machine only)
-  -p, --port PORT        first port (50007); 0 lets the system choose each port
-      --ports N          how many consecutive ports (2)
+  -p, --port PORT        the first of two ports (50007); 0: any two
       --stamp            reply as the book does: Echo=>TEXT at TIME
       --delay MS         make every reply take MS milliseconds
-      --idle-timeout S   close a client after S seconds without progress (never)
-  -v, --verbose          log every message, too
+      --idle-timeout S   close a client that is idle for S seconds (never)
+  -v, --verbose          log every read, too
   -q, --quiet            log errors only
   -h, --help             show this help
 
-Ctrl-C stops it when the replies that it owes are out, or after 5 s. A second
-one stops it at once.`;
+Ctrl-C sends what is queued, then stops the server, within about 5 s.`;
 
 async function main(): Promise<void> {
-  const refuse = (arg: unknown) => {
-    throw new RangeError(`${arg}: expected one of the options in --help`);
+  const refuse = (what: unknown, expected = "one of the options in --help") => {
+    throw new RangeError(`${what}: expected ${expected}`);
   };
-  // Without arguments there is nothing to parse, and nothing is downloaded. The
-  // parser's full address lets a copy of this file run without a deno.json.
-  const args = Deno.args.length === 0
-    ? undefined
-    : (await import("jsr:@std/cli@^1/parse-args")).parseArgs(Deno.args, {
-      string: ["host", "port", "ports", "delay", "idle-timeout"],
+  const parse = async () => { // so without arguments no registry is needed
+    // deno-lint-ignore no-import-prefix -- a copy of this file has no deno.json
+    const { parseArgs } = await import("jsr:@std/cli@^1/parse-args");
+    return parseArgs(Deno.args, {
+      string: ["host", "port", "delay", "idle-timeout"],
       boolean: ["stamp", "verbose", "quiet", "help"],
       alias: { host: "H", port: "p", verbose: "v", quiet: "q", help: "h" },
-      unknown: refuse,
+      unknown: (arg: string) => refuse(arg),
     });
-  args?._.forEach(refuse); // what comes after --
-  if (args?.help) return console.log(HELP);
-  const hostname = args?.host ?? "127.0.0.1";
-  if (hostname === "") throw new RangeError("--host: expected an address");
-  const number = (
-    option: string,
-    text: string,
-    least: number,
-    most: number,
-  ) => {
-    const value = /^\d+$/.test(text) ? Number(text) : NaN;
-    if (value >= least && value <= most) return value;
-    const expected = `a whole number from ${least} to ${most}`;
-    throw new RangeError(`--${option} ${text}: expected ${expected}`);
   };
-  const port = number("port", args?.port ?? "50007", 0, 65535);
-  const ports = number("ports", args?.ports ?? "2", 1, 65536 - port);
-  const ms = number("delay", args?.delay ?? "0", 0, LONGEST);
-  const idle = args?.["idle-timeout"]; // in seconds
-  const idleTimeout = idle === undefined
-    ? Infinity
-    : 1000 * number("idle-timeout", idle, 1, 1e6);
-  const listeners = listen({ hostname, port, ports });
-
+  const args = Deno.args.length > 0 ? await parse() : undefined;
+  args?._.forEach((arg: unknown) => refuse(arg)); // what comes after --
+  if (args?.help) return console.log(HELP);
+  const number = (name: "port" | "delay" | "idle-timeout", most: number) => {
+    const text = args?.[name];
+    if (text === undefined) return undefined;
+    if (/^\d+$/.test(text) && Number(text) <= most) return Number(text);
+    return refuse(`--${name} ${text}`, `a whole number up to ${most}`);
+  };
+  const hostname = args?.host ?? "127.0.0.1";
+  if (hostname === "") refuse("--host", "an address");
+  const first = number("port", 65534) ?? 50007;
+  const ms = number("delay", 2 ** 31 - 1) ?? 0;
+  const idleTimeout = 1000 * (number("idle-timeout", 1e6) ?? Infinity);
+  const listeners = [first, first === 0 ? 0 : first + 1].map((port) => {
+    try {
+      // With the default backlog, 511, some of a thousand clients must retry.
+      return Deno.listen({ hostname, port, tcpBacklog: 4096 });
+    } catch (error) {
+      throw new Error(`cannot listen on ${hostname}:${port}: ${error}`);
+    }
+  });
   const stopper = new AbortController();
   const { signal } = stopper;
-  let stoppedAt = Infinity;
-  const onSignal = () => {
-    // A terminal, `deno task` or a service manager may send a signal twice.
-    // No person presses Ctrl-C a second time within 300 ms.
-    if (performance.now() > stoppedAt + 300) Deno.exit(1);
-    stoppedAt = Math.min(stoppedAt, performance.now());
-    stopper.abort();
-  };
-  const signals = Deno.build.os === "windows"
-    ? ["SIGINT", "SIGBREAK"] as const
-    : ["SIGINT", "SIGTERM", "SIGHUP"] as const;
-  for (const name of signals) Deno.addSignalListener(name, onSignal);
-
-  const out = new Printer(Deno.stdout.writable.getWriter());
-  const err = new Printer(Deno.stderr.writable.getWriter());
-  const logger: ServeOptions["logger"] = { error: err.print };
-  if (!args?.quiet) logger.info = out.print;
-  if (args?.verbose && !args.quiet) logger.debug = out.print;
-  const reply = args?.stamp ? stamp : echo;
+  const names: Deno.Signal[] = Deno.build.os === "windows"
+    ? ["SIGINT", "SIGBREAK"]
+    : ["SIGINT", "SIGTERM", "SIGHUP"];
+  const onSignal = () => stopper.abort(); // a second signal changes nothing
+  for (const name of names) Deno.addSignalListener(name, onSignal);
+  const plain = args?.stamp ? stamp : echo;
   const delayed = async (bytes: Uint8Array) => {
-    await delay(ms, undefined, { signal }).catch(() => {}); // a stop ends it
-    return reply(bytes);
+    await delay(ms, undefined, { signal }).catch(() => {}); // the stop ends it
+    return plain(bytes);
   };
-  const protocol = () => ms > 0 ? delayed : reply;
+  const out = Deno.stdout.writable.getWriter();
+  const err = Deno.stderr.writable.getWriter();
+  const logger: Logger = { error: printTo(err) };
+  if (!args?.quiet) logger.info = printTo(out);
+  if (args?.verbose && !args.quiet) logger.debug = printTo(out);
+  const protocol = () => ms > 0 ? delayed : plain;
   await serve(listeners, { protocol, idleTimeout, signal, logger });
-  // The last lines may take 500 ms to be read.
-  await Promise.race([Promise.all([out.written, err.written]), delay(500)]);
+  // Wait at most 500 ms for the last lines to be written.
+  await Promise.race([Promise.allSettled([out.ready, err.ready]), delay(500)]);
 }
 
-/**
- * Writes lines while the loop goes on. `console` waits for whoever reads it,
- * and every client would wait with it: for a terminal that is paused with
- * Ctrl-S, or for a program that does not read its pipe.
- */
-class Printer {
-  written = Promise.resolve();
-  #lines: string[] = [];
-  #dropped = 0;
-
-  constructor(readonly to: WritableStreamDefaultWriter<Uint8Array>) {}
-
-  print = (line: string): void => {
-    if (this.#lines.length === MAX_LINES) this.#dropped++;
-    else if (this.#lines.push(line) === 1) {
-      const written = this.written.then(() => this.#write());
-      this.written = written.catch(() => {}); // nobody reads it any more
-    }
+// Writes a line without waiting. The console would block the whole server while
+// a terminal is paused with Ctrl-S, or nobody reads its pipe.
+const printTo =
+  (writer: WritableStreamDefaultWriter<Uint8Array>) => (line: string): void => {
+    if ((writer.desiredSize ?? 0) < -10_000) return; // 10,000 lines wait
+    writer.write(encoder.encode(`${line}\n`)).catch(() => {}); // nobody reads
   };
-
-  #write(): Promise<void> {
-    if (this.#dropped > 0) this.#lines.push(`${this.#dropped} lines dropped`);
-    this.#dropped = 0;
-    const text = `${this.#lines.splice(0).join("\n")}\n`;
-    return this.to.write(encoder.encode(text));
-  }
-}
-
-const MAX_LINES = 10_000; // that wait to be read
 
 if (import.meta.main) {
-  await main().catch((error) => {
-    console.error(
-      `select_server: ${error instanceof Error ? error.message : error}`,
-    );
+  await main().catch((error: unknown) => {
+    const text = error instanceof Error ? error.message : error;
+    console.error(`select_server: ${text}`);
     Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
   });
-  // A log that nobody reads, or in Deno 2.8 what was pending when a connection
-  // was closed, would keep the process alive.
-  Deno.exit();
+  Deno.exit(); // a log that nobody reads would keep the process alive
 }

@@ -22,14 +22,14 @@ type Completion =
   | { type: "interrupt" };
 type Push = (completion: Completion) => void;
 
-/** It reads while it writes: the echo of a long message comes in parts. */
+/** Its reads and writes overlap: the echo of a long message comes in parts. */
 class Client {
   conn?: Deno.TcpConn;
   echoes = 0;
   message: Uint8Array | undefined; // none before the first and after the last
   since = performance.now(); // when it began to connect, to send, or to close
-  unsent: Uint8Array = new Uint8Array(); // the rest of the message
-  unread = this.unsent; // the rest of its echo
+  unsent: Uint8Array = new Uint8Array(); // of the message, still to be written
+  unread = this.unsent; // of its echo, still to be read
   buffer = this.unsent; // what reads fill: a large one once it is connected
 
   constructor(readonly id: number, readonly push: Push) {}
@@ -56,11 +56,12 @@ async function run(options: Options): Promise<void> {
   const random = randomBytes(size + 65536);
   const outcomes: Record<string, number> = {}; // how many clients ended how
   const latencies: number[] = []; // how long each echo took
-  const unanswered: number[] = []; // how long the waits were that got none
+  const unanswered: number[] = []; // how long the other waits took
   let [bytes, lastEchoAt] = [0, NaN];
   let shares: Float64Array | undefined; // echoes when the first client was done
   let canShow = Deno.stderr.isTerminal() && !quiet && words.length === 0;
-  // SIGHUP comes from a terminal that is closed, SIGBREAK is Ctrl-Break.
+  // Listen before connecting: a signal needs a descriptor, and the clients may
+  // use them all. SIGHUP comes from a closed terminal, SIGBREAK is Ctrl-Break.
   const stop = Deno.build.os === "windows" ? "SIGBREAK" : "SIGTERM";
   for (const signal of ["SIGINT", "SIGHUP", stop] as const) {
     Deno.addSignalListener(signal, () => push({ type: "interrupt" }));
@@ -68,8 +69,7 @@ async function run(options: Options): Promise<void> {
   const start = performance.now(); // times are in ms
   const clients = Array.from({ length: options.clients }, (_, i) => connect(i));
   const running = new Set(clients);
-  const echoesOfEach = () =>
-    Float64Array.from(clients, (client) => client.echoes).sort();
+  const allEchoes = () => Float64Array.from(clients, (it) => it.echoes).sort();
   setInterval(() => {
     // As in the server, what has come by this time is read before the tick.
     const time = performance.now();
@@ -182,7 +182,7 @@ async function run(options: Options): Promise<void> {
     running.delete(client);
     client.conn?.close();
     outcomes[outcome] = (outcomes[outcome] ?? 0) + 1;
-    if (outcome === "succeeded") shares ??= echoesOfEach();
+    if (outcome === "succeeded") shares ??= allEchoes();
     if (client.message) unanswered.push(performance.now() - client.since);
   }
 
@@ -212,14 +212,14 @@ async function run(options: Options): Promise<void> {
     const echoes = latencies.length;
     const seconds = (lastEchoAt - start) / 1000;
     const rate = echoes / seconds;
-    // Waits that got no echo count, too: these clients were served worst.
+    // Waits that ended without an echo count as the time that they lasted.
     const times = Float64Array.from(latencies.concat(unanswered)).sort();
     // The time that this share of the waits does not exceed.
     const at = (share: number) =>
       times[Math.ceil(share * times.length) - 1] ?? NaN;
     const latency = { p50: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) };
-    // Without the first client that was done: as it has most, it is the last.
-    const had = shares?.subarray(0, -1) ?? echoesOfEach();
+    // Leave out the first client that was done: it has most, so it sorts last.
+    const had = shares?.subarray(0, -1) ?? allEchoes();
     const [fewest = NaN, most = NaN] = [had.at(0), had.at(-1)];
     const counts = { succeeded, failed, reasons, echoes, bytes };
     const figures = { seconds, echoesPerSecond: rate, latency, fewest, most };
@@ -229,14 +229,14 @@ async function run(options: Options): Promise<void> {
     if (reasons.refused === clients.length) throw new Error(nobody);
     if (json || quiet || (words.length > 0 && failed === 0)) return;
     const failures = Object.entries(reasons).map(([why, n]) => `${n} ${why}`);
-    const why = failed > 0 ? `: ${failures.join(", ")}` : "";
-    console.log(`clients   ${succeeded} succeeded, ${failed} failed${why}`);
+    const all = failed > 0 ? `: ${failures.join(", ")}` : "";
+    console.log(`clients   ${succeeded} succeeded, ${failed} failed${all}`);
     if (echoes === 0) return console.log("echoes    none has come back");
     const speed = `${seconds.toFixed(3)} s: ${Math.round(rate)} a second`;
     console.log(`echoes    ${echoes} (${bytes} bytes) in ${speed}`);
     const percentiles = Object.entries(latency)
       .map(([name, time]) => `${name} ${time.toFixed(2)} ms`).join(", ");
-    const note = `, including waits without an echo: ${unanswered.length}`;
+    const note = ` (${unanswered.length} ended without an echo)`;
     console.log(`latency   ${percentiles}${unanswered.length > 0 ? note : ""}`);
     const whose = shares
       ? "when the first client was done, each of the others"
@@ -275,7 +275,7 @@ Echo client: many concurrent clients that compare every byte, and a report.
   -h, --help            show this help
 
 With MESSAGEs each client sends these, and without --json replies are printed.
-It exits with 0 only if no client failed. Ctrl-C ends it with a report so far.`;
+It exits with 0 if no client failed. Ctrl-C ends it with the report so far.`;
 
 type Options = Awaited<ReturnType<typeof parseCommandLine>>;
 const WHOLE = ["port", "ports", "clients", "messages", "size"] as const;
@@ -326,5 +326,5 @@ if (import.meta.main) {
       console.error(`echo_client: ${error.message}`);
       Deno.exitCode = error instanceof RangeError ? 2 : 1; // 2: bad use
     });
-  Deno.exit(); // the ticks, or a late connect, would keep the process alive
+  Deno.exit(); // ticks, or a late connect, would keep the process alive
 }

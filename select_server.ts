@@ -151,10 +151,10 @@ class Client {
   // and reads the client's to its end. Closed: it is gone.
   state: "open" | "closing" | "lingering" | "closed" = "open";
   peerEnded = false; // the client has ended its own stream
-  // Times in ms (see "Time"): when the server began to wait for the client,
-  // how long it waits, and when the client began to linger. While the client
-  // waits for a round, or has no limit, the server does not wait for it.
-  waitingSince = Infinity;
+
+  // Times in ms (see "Time"): since when the server has been waiting for the
+  // client, how long it waits, and since when the client lingers.
+  waitingSince = 0;
   limit = Infinity;
   lingersSince = Infinity;
 
@@ -332,7 +332,7 @@ export async function serve(
    *     received null     the queue is empty: disconnect
    */
   function advance(client: Client): void {
-    if (client.waitingSince < Infinity) client.startClock(); // see "Time"
+    client.startClock(); // see "Time"
     // No read is planned while bytes are queued, so a client that does not read
     // cannot make the server keep more and more of them (back-pressure).
     if (client.outbox.length > 0) plan(client, "writing");
@@ -347,7 +347,6 @@ export async function serve(
   function plan(client: Client, what: "reading" | "writing"): void {
     if (client[what]) return;
     client[what] = true;
-    client.waitingSince = Infinity;
     selector.nextRound(what === "reading" ? client.read : client.write);
   }
 
@@ -445,8 +444,9 @@ export async function serve(
   /** Schedules a tick in 100 ms, unless one is scheduled already. */
   function startTick(): void {
     nextTick ??= setTimeout(() => {
-      // All that arrives by this time is handled before the tick. So even if a
-      // handler computes for long, no client that has sent in time is closed.
+      // What arrives by this time is handled before the tick, and what has been
+      // planned by then is started. So a client that sends in time is never
+      // closed, however long a handler computes, or a round takes.
       const time = performance.now();
       selector.catchUp();
       selector.nextRound(() => push({ type: "tick", time }));

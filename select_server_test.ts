@@ -1307,7 +1307,8 @@ function check(story: Awaited<ReturnType<typeof play>>): void {
     const isOver = !isOpen && closedAt >= closes(least);
     const isIdle = closedAt >= least + idleTimeout;
     promises(isAsked || isOver || isIdle, "nobody is closed early");
-    const isBusy = waiting > 0 || isMaking || !isKnown(actor.speaksAt);
+    const wasMaking = isMaking || repliedAt > closedAt;
+    const isBusy = waiting > 0 || wasMaking || !isKnown(actor.speaksAt);
     const isRead = isAsked || !isOpen || isBusy || outgoing.unread === 0;
     promises(isRead, "nobody who has sent is closed as idle");
     const isInTime =

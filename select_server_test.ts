@@ -1731,19 +1731,20 @@ test("the README's two lines put its listing in rounds", async () => {
 if (commands === "") await import(program("check", 0));
 
 // ---- How fast (deno bench)
-const selector = new Selector<number>();
-const pending = [...Array(1000)].map(never);
-for (const promise of pending) promise.then((value) => selector.push(value));
-const group = "1,000 promises pending, one more settles";
-Deno.bench("Selector", { group, n: 200, baseline: true }, async () => {
-  Promise.resolve(1).then((value) => selector.push(value));
-  await selector.select();
-});
-// No more than 200, as each race leaves a callback at every promise.
-Deno.bench("Promise.race", { group, n: 200 }, async () => {
-  await Promise.race([...pending, Promise.resolve(1)]);
-});
-
+for (const count of [1000, 10_000]) {
+  const selector = new Selector<number>();
+  const push = (value: number) => selector.push(value);
+  const pending = [...Array(count)].map(never);
+  for (const promise of pending) promise.then(push);
+  const all = { group: `${count} promises pending, one more settles`, n: 200 };
+  Deno.bench(`Selector, ${count}`, { ...all, baseline: true }, async () => {
+    Promise.resolve(1).then(push);
+    await selector.select();
+  }); // no more than 200, as each race leaves a callback at every promise
+  Deno.bench(`Promise.race, ${count}`, all, async () => {
+    await Promise.race([...pending, Promise.resolve(1)]);
+  });
+}
 for (const [what, count] of ignored) {
   Deno.test.ignore(`${count} tests, which need ${what}`, () => {});
 }

@@ -1442,7 +1442,6 @@ test("--help fits 80 columns, and -h is the same", async () => {
     assert(code + err.length === 0 && out.every((line) => line.length <= 80));
   }
 }, "commands");
-
 const signals = [["SIGINT", "-v"], ["SIGTERM", ""], ["SIGHUP", "-q"]] as const;
 for (const [signal, option] of signals) {
   test(`the server ends on ${signal}, in order (${option})`, async () => {

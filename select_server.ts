@@ -409,7 +409,7 @@ export async function serve(
   }
 
   function disconnect(client: Client, why: unknown, isError = false): void {
-    if (!clients.delete(client)) return; // it is closed already
+    clients.delete(client);
     // Losing queued bytes, or a reply in progress, also counts as an error.
     isError ||= client.outbox.length > 0 || client.replying;
     client.state = "closed";

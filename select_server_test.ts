@@ -1416,7 +1416,7 @@ const badUse: [script: string, uses: string[], code: number][] = [
   [server, ["--port 65535", "--port 5e2", "--delay x", "--host"], 2],
   [server, ["-H nowhere.invalid"], 1],
   [client, ["--bogus", "--clients 0", "-c 1000 -n 100001", "--size 1.5"], 2],
-  [client, ["--port 0", "-n 2 hello", "hello ", "--host", "--timeout 0"], 2],
+  [client, ["-p 65535", "-n 2 hello", "hello ", "--host", "--timeout 0"], 2],
 ];
 for (const [script, uses, expected] of badUse) {
   test(`${script} refuses ${uses.join(", ")}`, async () => {
@@ -1494,7 +1494,7 @@ test("the client reports in four lines, or as JSON", async () => {
   await using server = start(overSockets);
   await using fifty = clientOf(server, "-c 50 -n 20");
   const { out } = await fifty.ended();
-  const lines = [/50.* 0/, /1000.*64000.*\d/, /p50.*p90.*p99.*max/, /\d+.* 20/];
+  const lines = [/50.* 0/, /1000.*64000.*\d/, /p50.*p90.*p99.*ms$/, /\d+.* 20/];
   assertEquals(out.length, lines.length);
   lines.forEach((figures, n) => assertMatch(out[n] ?? "", figures));
   const { latency: { p50, p90, p99, max }, ...rest } = await reportOf(

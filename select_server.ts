@@ -151,7 +151,6 @@ class Client {
   // and reads the client's to its end. Closed: it is gone.
   state: "open" | "closing" | "lingering" | "closed" = "open";
   peerEnded = false; // the client has ended its own stream
-
   // Times in ms (see "Time"): since when the server has been waiting for the
   // client, how long it waits, and since when the client lingers.
   waitingSince = 0;
@@ -410,8 +409,9 @@ export async function serve(
 
   function disconnect(client: Client, why: unknown, isError = false): void {
     clients.delete(client);
-    // Losing queued bytes, or a reply in progress, also counts as an error.
-    isError ||= client.outbox.length > 0 || client.replying;
+    // Losing queued bytes, a send, or a reply in progress is an error, too.
+    isError ||= client.outbox.length > 0 || client.replying ||
+      why instanceof RangeError;
     client.state = "closed";
     client.outbox = new Outbox(); // a program may keep the peer: free its bytes
     client.gone.resolve();
@@ -488,7 +488,7 @@ export async function serve(
   async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
       const isError = level === "error" && why instanceof Error;
-      const shown = isError ? Deno.inspect(why) : why; // with its stack
+      const shown = isError ? Deno.inspect(why) : String(why); // its stack
       // An error may quote what a client has sent: keep it on one line.
       const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
       await logger[level]?.(line.trim());
@@ -535,7 +535,7 @@ export class FairSelector<T> extends Selector<T> {
     this.wake();
   }
 
-  /** Hands out completions, as every selector does, and notes whether many. */
+  /** Hands out completions, and asks for a catch-up if there are many. */
   override async select(): Promise<T[]> {
     const completions = await super.select();
     if (completions.length >= MANY) this.catchUp();
@@ -562,11 +562,11 @@ export class FairSelector<T> extends Selector<T> {
 }
 
 // Three numbers that follow from tokio's 128. (With another runtime, speed or
-// fairness may suffer, but no bytes are lost.) In one turn, a BATCH of reads
-// starts, beside as many writes that follow from the reads before. After MANY
-// completions, as a busy server often has, others may have been postponed. Then
-// the next round waits for CATCH_UP turns, as tokio takes up what it has
-// postponed within 61 (`event_interval`).
+// fairness may suffer, but no bytes are lost.) In one turn, up to BATCH reads
+// start, plus as many writes that answer earlier reads. After MANY completions,
+// as a busy server often has, others may have been postponed. Then the next
+// round waits for CATCH_UP turns: tokio takes up the postponed ones within 61,
+// its `event_interval`.
 const BATCH = 60;
 const MANY = 120;
 const CATCH_UP = 64;

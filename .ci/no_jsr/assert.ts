@@ -28,17 +28,6 @@ export function assertMatch(
   nodeAssert.match(actual, expected, message);
 }
 
-export function assertStringIncludes(
-  actual: string,
-  expected: string,
-  message?: string,
-): void {
-  nodeAssert.ok(
-    actual.includes(expected),
-    message ?? `expected "${actual}" to include "${expected}"`,
-  );
-}
-
 function check<E extends Error>(
   error: unknown,
   errorClass: ErrorClass<E>,
@@ -53,19 +42,6 @@ function check<E extends Error>(
     `expected "${error.message}" to include "${includes}"`,
   );
   return error;
-}
-
-export function assertThrows<E extends Error>(
-  fn: () => unknown,
-  errorClass: ErrorClass<E>,
-  includes = "",
-): E {
-  try {
-    fn();
-  } catch (error) {
-    return check(error, errorClass, includes);
-  }
-  throw new nodeAssert.AssertionError({ message: "expected it to throw" });
 }
 
 export async function assertRejects<E extends Error>(

@@ -56,7 +56,7 @@ async function run(options: Options): Promise<void> {
   const random = randomBytes(size + 65536);
   const outcomes: Record<string, number> = {}; // how many clients ended how
   const latencies: number[] = []; // how long each echo took
-  const unanswered: number[] = []; // how long the other waits took
+  const unanswered: number[] = []; // how long waits without an echo took
   let [bytes, lastEchoAt] = [0, NaN];
   let shares: Float64Array | undefined; // echoes when the first client was done
   let canShow = Deno.stderr.isTerminal() && !quiet && words.length === 0;

@@ -409,7 +409,7 @@ export async function serve(
 
   function disconnect(client: Client, why: unknown, isError = false): void {
     clients.delete(client);
-    // Losing queued bytes, a send, or a reply in progress is an error, too.
+    // Losing queued bytes, a refused send (RangeError) or a reply is an error.
     isError ||= client.outbox.length > 0 || client.replying ||
       why instanceof RangeError;
     client.state = "closed";
@@ -488,7 +488,7 @@ export async function serve(
   async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
       const isError = level === "error" && why instanceof Error;
-      const shown = isError ? Deno.inspect(why) : String(why); // its stack
+      const shown = isError ? Deno.inspect(why) : String(why); // with its stack
       // An error may quote what a client has sent: keep it on one line.
       const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
       await logger[level]?.(line.trim());
@@ -650,9 +650,9 @@ export interface ServeOptions {
    */
   sendLimit?: number;
   /**
-   * Closes a client that is being closed, but takes no byte for this time; and
-   * every client this long after a stop, or after the server has ended its
-   * stream (or after 1,000 ms of silence then). By default 5,000.
+   * Closes a client that is being closed when it takes no byte for this time,
+   * and any client this long after a stop, or after the server has ended its
+   * stream. After that end, 1,000 ms of silence are enough. By default 5,000.
    */
   grace?: number;
   /** Stops the server when it aborts. */

@@ -19,7 +19,6 @@
  * @module
  */
 import { setImmediate } from "node:timers"; // Deno 2.6 has no global one
-import { setTimeout as delay } from "node:timers/promises"; // for --delay
 
 // ---- The selector
 /**
@@ -67,23 +66,15 @@ export class Selector<T> {
   /** Adds a record of an operation that is complete. */
   push(completion: T): void {
     this.#completed.push(completion);
-    this.wake();
+    this.#wake(); // if `select` does not sleep, this has no effect
   }
 
   /** Waits until something is complete, and returns all that is, in order. */
   async select(): Promise<T[]> {
-    while (this.#completed.length === 0) await this.whileEmpty();
+    while (this.#completed.length === 0) {
+      await new Promise<void>((resolve) => this.#wake = resolve);
+    }
     return this.#completed.splice(0); // takes all, and leaves the list empty
-  }
-
-  /** What to do while nothing is complete: sleep until `wake` is called. */
-  protected whileEmpty(): Promise<void> {
-    return new Promise((resolve) => this.#wake = resolve); // keep its resolver
-  }
-
-  /** Ends the sleep. Calling it again has no effect. */
-  protected wake(): void {
-    this.#wake();
   }
 }
 
@@ -458,10 +449,10 @@ export async function serve(
     nextTick = undefined;
     for (const client of clients) {
       const waited = Math.floor(time - client.waitingSince);
-      const ending = time - Math.min(client.lingersSince, stoppedAt);
+      const deadline = grace + Math.min(client.lingersSince, stoppedAt);
       if (waited >= client.limit) {
         disconnect(client, `no progress for ${waited} ms`);
-      } else if (ending >= grace) disconnect(client, "the grace time is over");
+      } else if (time >= deadline) disconnect(client, "the grace time is over");
       else if (client.limit < Infinity) startTick();
     }
   }
@@ -526,49 +517,48 @@ const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
  */
 export class FairSelector<T> extends Selector<T> {
   #planned: (() => void)[] = []; // for the next round
-  #round: (() => void)[] = []; // what is still to be started in this round
-  #turnsLeft = 0; // before the next round may begin
+  #isRunning = false; // rounds are being started
+  #mustCatchUp = false;
 
   /** Starts an operation in the next round. */
   nextRound(start: () => void): void {
     this.#planned.push(start);
-    this.wake();
+    if (!this.#isRunning) this.#startRounds();
   }
 
-  /** Hands out completions, and asks for a catch-up if there are many. */
-  override async select(): Promise<T[]> {
-    const completions = await super.select();
-    if (completions.length >= MANY) this.catchUp();
-    return completions;
-  }
-
-  /** Lets all that is ready, or postponed, complete before the next round. */
+  /** Hands out all that is ready by now before the next round begins. */
   catchUp(): void {
-    this.#turnsLeft = CATCH_UP;
+    this.#mustCatchUp = true;
   }
 
-  /** What to do while nothing is complete: start what is planned, or sleep. */
-  protected override whileEmpty(): Promise<void> {
-    if (this.#round.length === 0 && this.#turnsLeft === 0) {
-      this.#round = this.#planned.splice(0); // every client has had its turn
+  async #startRounds(): Promise<void> {
+    this.#isRunning = true;
+    while (this.#planned.length > 0) {
+      await nextTurn(); // by then, the loop has handled all that is complete
+      // After many operations, others may have been postponed. Let them
+      // complete, and if these are many, too, those that come after them.
+      let before = 0;
+      while (this.#mustCatchUp || this.#planned.length > before + 2 * BATCH) {
+        this.#mustCatchUp = false;
+        before = this.#planned.length;
+        for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
+      }
+      for (const [n, start] of this.#planned.splice(0).entries()) {
+        if (n > 0 && n % BATCH === 0) await nextTurn();
+        start();
+      }
     }
-    if (this.#round.length > 0) {
-      for (const start of this.#round.splice(0, BATCH)) start();
-    } else if (this.#turnsLeft > 0) {
-      this.#turnsLeft--;
-    } else return super.whileEmpty();
-    return new Promise((resolve) => void setImmediate(resolve)); // take a turn
+    this.#isRunning = false;
   }
 }
 
-// Three numbers that follow from tokio's 128. (With another runtime, speed or
-// fairness may suffer, but no bytes are lost.) In one turn, up to BATCH reads
-// start, plus as many writes that answer earlier reads. After MANY completions,
-// as a busy server often has, others may have been postponed. Then the next
-// round waits for CATCH_UP turns: tokio takes up the postponed ones within 61,
-// its `event_interval`.
+const nextTurn = () =>
+  new Promise<void>((resolve) => void setImmediate(resolve));
+// Two numbers for tokio's rules. (With another runtime, speed or fairness may
+// suffer, but no bytes are lost.) In one turn, BATCH reads start, and as many
+// writes answer earlier reads: together, they stay below 128. Tokio takes up
+// what it has postponed within 61 turns (`event_interval`): CATCH_UP is more.
 const BATCH = 60;
-const MANY = 120;
 const CATCH_UP = 64;
 
 // ---- The queue of a client
@@ -671,12 +661,6 @@ type Logger = NonNullable<ServeOptions["logger"]>;
 export type Totals = { clients: number; reads: number; bytes: number };
 
 // ---- The command line
-/** Replies as the book's server does: `Echo=>TEXT at TIME`. */
-function stamp(bytes: Uint8Array): Uint8Array {
-  const time = encoder.encode(` at ${new Date().toISOString()}`);
-  return new Uint8Array([...encoder.encode("Echo=>"), ...bytes, ...time]);
-}
-
 const HELP = `\
 Select server: echoes what its clients send, on two ports, in one loop.
 
@@ -684,8 +668,6 @@ Select server: echoes what its clients send, on two ports, in one loop.
 
   -H, --host HOST        address to listen on (127.0.0.1: this machine only)
   -p, --port PORT        the first of two ports (50007); 0: any two
-      --stamp            reply as the book does: Echo=>TEXT at TIME
-      --delay MS         make every reply take MS milliseconds
       --idle-timeout S   close a client that is idle for S seconds (never)
   -v, --verbose          log every read, too
   -q, --quiet            log errors only
@@ -694,33 +676,15 @@ Select server: echoes what its clients send, on two ports, in one loop.
 Ctrl-C sends what is queued, then stops the server, within about 5 s.`;
 
 async function main(): Promise<void> {
-  const refuse = (what: unknown, expected = "one of the options in --help") => {
-    throw new RangeError(`${what}: expected ${expected}`);
-  };
-  const parse = async () => { // so without arguments no registry is needed
-    // deno-lint-ignore no-import-prefix -- a copy of this file has no deno.json
-    const { parseArgs } = await import("jsr:@std/cli@^1/parse-args");
-    return parseArgs(Deno.args, {
-      string: ["host", "port", "delay", "idle-timeout"],
-      boolean: ["stamp", "verbose", "quiet", "help"],
-      alias: { host: "H", port: "p", verbose: "v", quiet: "q", help: "h" },
-      unknown: (arg: string) => refuse(arg),
-    });
-  };
   const args = Deno.args.length > 0 ? await parse() : undefined;
-  args?._.forEach((arg: unknown) => refuse(arg)); // what comes after --
   if (args?.help) return console.log(HELP);
-  const number = (name: "port" | "delay" | "idle-timeout", most: number) => {
-    const text = args?.[name];
-    if (text === undefined) return undefined;
-    if (/^\d+$/.test(text) && Number(text) <= most) return Number(text);
-    return refuse(`--${name} ${text}`, `a whole number up to ${most}`);
-  };
-  const hostname = args?.host ?? "127.0.0.1";
+  const { host: hostname = "127.0.0.1", port = "50007" } = args ?? {};
   if (hostname === "") refuse("--host", "an address");
-  const first = number("port", 65534) ?? 50007;
-  const ms = number("delay", 2 ** 31 - 1) ?? 0;
-  const idleTimeout = 1000 * (number("idle-timeout", 1e6) ?? Infinity);
+  const first = wholeNumber("--port", port, 65534);
+  const idle = args?.["idle-timeout"];
+  const idleTimeout = idle === undefined
+    ? Infinity
+    : 1000 * wholeNumber("--idle-timeout", idle, 1e6);
   const listeners = [first, first === 0 ? 0 : first + 1].map((port) => {
     try {
       // With the default backlog, 511, some of a thousand clients must retry.
@@ -730,26 +694,43 @@ async function main(): Promise<void> {
     }
   });
   const stopper = new AbortController();
-  const { signal } = stopper;
-  const names: Deno.Signal[] = Deno.build.os === "windows"
+  const signals: Deno.Signal[] = Deno.build.os === "windows"
     ? ["SIGINT", "SIGBREAK"]
     : ["SIGINT", "SIGTERM", "SIGHUP"];
   const onSignal = () => stopper.abort(); // a second signal changes nothing
-  for (const name of names) Deno.addSignalListener(name, onSignal);
-  const plain = args?.stamp ? stamp : echo;
-  const delayed = async (bytes: Uint8Array) => {
-    await delay(ms, undefined, { signal }).catch(() => {}); // the stop ends it
-    return plain(bytes);
-  };
+  for (const name of signals) Deno.addSignalListener(name, onSignal);
   const out = Deno.stdout.writable.getWriter();
   const err = Deno.stderr.writable.getWriter();
   const logger: Logger = { error: printTo(err) };
   if (!args?.quiet) logger.info = printTo(out);
   if (args?.verbose && !args.quiet) logger.debug = printTo(out);
-  const protocol = () => ms > 0 ? delayed : plain;
-  await serve(listeners, { protocol, idleTimeout, signal, logger });
+  await serve(listeners, { idleTimeout, signal: stopper.signal, logger });
   // Wait at most 500 ms for the last lines to be written.
-  await Promise.race([Promise.allSettled([out.ready, err.ready]), delay(500)]);
+  const late = new Promise((resolve) => setTimeout(resolve, 500));
+  await Promise.race([Promise.allSettled([out.ready, err.ready]), late]);
+}
+
+// Its package is loaded only here, so without arguments none is needed.
+async function parse() {
+  // deno-lint-ignore no-import-prefix -- a copy of this file has no deno.json
+  const { parseArgs } = await import("jsr:@std/cli@^1/parse-args");
+  const args = parseArgs(Deno.args, {
+    string: ["host", "port", "idle-timeout"],
+    boolean: ["verbose", "quiet", "help"],
+    alias: { host: "H", port: "p", verbose: "v", quiet: "q", help: "h" },
+    unknown: (arg: string) => refuse(arg),
+  });
+  args._.forEach((arg: unknown) => refuse(arg)); // what comes after --
+  return args;
+}
+
+function wholeNumber(option: string, text: string, most: number): number {
+  if (/^\d+$/.test(text) && Number(text) <= most) return Number(text);
+  return refuse(`${option} ${text}`, `a whole number up to ${most}`);
+}
+
+function refuse(what: unknown, expected = "an option of --help"): never {
+  throw new RangeError(`${what}: expected ${expected}`);
 }
 
 // Writes a line without waiting. The console would block the whole server while

@@ -1,5 +1,5 @@
 /**
- * An echo server with one process, no threads, two listening ports, and one
+ * An echo server with one process, one thread, two listening ports, and one
  * loop that serves every client. It is the select server of *Programming
  * Python* (4th edition, Example 12-9), for Deno 2.6 or later.
  *
@@ -7,15 +7,16 @@
  * goes on without waiting for it. The loop asks `select` which operations are
  * complete, and decides what comes next. It waits nowhere else, so a client
  * that does not read, or a reply that is slow to come, delays nobody else. But
- * there is one thread: while a handler computes, every client waits.
+ * while a handler computes, every client waits, as there is one thread.
  *
  * JavaScript's event loop does the same if each client has an async function of
  * its own. A loop of your own shows how, and it can decide who is served next:
- * this one starts reads and writes in *rounds*. A round begins when everything
- * that is complete has been handled, so each client has its turn.
+ * here each client has its turn, as the next reads start in *rounds*.
  *
- * For the idea, read as far as "Sending at any time". A program that copies
- * this file does not need "The command line".
+ * For the idea, read the selector, the loop in `serve`, and `advance`, which
+ * decides what comes next for a client. Then read "Fair turns", and the rest
+ * when you need it. A program that copies this file does not need "The command
+ * line".
  * @module
  */
 import { setImmediate } from "node:timers"; // Deno 2.6 has no global one
@@ -66,12 +67,12 @@ export class Selector<T> {
   /** Adds a record of an operation that is complete. */
   push(completion: T): void {
     this.#completed.push(completion);
-    this.#wake(); // if `select` does not sleep, this has no effect
+    this.#wake(); // has no effect unless `select` is waiting
   }
 
   /** Waits until something is complete, and returns all that is, in order. */
   async select(): Promise<T[]> {
-    while (this.#completed.length === 0) {
+    if (this.#completed.length === 0) {
       await new Promise<void>((resolve) => this.#wake = resolve);
     }
     return this.#completed.splice(0); // takes all, and leaves the list empty
@@ -87,11 +88,11 @@ export type Reply = Uint8Array | string | null | void;
 
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
- * has no messages, so these bytes may be a part of a line, or many lines.
- * `bytes` is overwritten by the next read, so copy what you keep, and never
- * transfer it. Leave the reply unchanged until it has been written. Until then
- * the client is not read from, so if it disconnects while its reply is being
- * made, the server notices only after the reply, or at the `idleTimeout`.
+ * has no messages, so these bytes may be a part of a line, or many lines. The
+ * next read overwrites them, so copy what you keep. Leave the reply unchanged
+ * until it has been written. Until then the client is not read from. So if it
+ * disconnects while its reply is being made, the server notices that when it
+ * writes to it, or closes it at the `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -132,7 +133,7 @@ class Client {
   buffer = new Uint8Array(4 * 1024); // for its next read
   outbox = new Outbox(); // the bytes that are queued for it
   gone = Promise.withResolvers<void>();
-  // True while a read, a reply or a write is planned or under way.
+  // Whether a read, a reply or a write is planned or under way.
   reading = false;
   replying = false;
   writing = false;
@@ -142,21 +143,19 @@ class Client {
   // and reads the client's to its end. Closed: it is gone.
   state: "open" | "closing" | "lingering" | "closed" = "open";
   peerEnded = false; // the client has ended its own stream
-  // Times in ms (see "Time"): since when the server has been waiting for the
-  // client, how long it waits, and since when the client lingers.
+  // See "Time": since when the server waits for it, and for how long (in ms).
   waitingSince = 0;
   limit = Infinity;
-  lingersSince = Infinity;
 
   constructor(
     readonly conn: Deno.Conn | Deno.TcpConn,
     readonly push: (completion: Completion) => void,
   ) {}
 
-  // `then(f, g)` calls f with the result, or g with the error, but only after
-  // the current code has finished or reached an `await`. These functions are
-  // created once for each client, as creating them for each operation makes the
-  // server at least 5% slower. They are arrow functions, so they keep `this`.
+  // `then(f, g)` calls f with the result, or g with the error, but not before
+  // the code that is running now has returned. These are arrow functions, which
+  // keep `this`, and are made once for each client, which is faster than a new
+  // function for each operation.
   read = () => {
     this.startClock();
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
@@ -165,8 +164,11 @@ class Client {
     this.startClock();
     this.conn.write(this.outbox.next()).then(this.onWritten, this.onFailed);
   };
-  startClock(): void { // only with a limit, as it makes the server 6% slower
-    if (this.limit < Infinity) this.waitingSince = performance.now();
+  startClock(): void {
+    // Looking at the clock takes time, so look only if there is a limit. While
+    // the client lingers, nothing that it does gives it more time.
+    if (this.limit === Infinity || this.state === "lingering") return;
+    this.waitingSince = performance.now();
   }
   onReceived = (count: number | null) =>
     this.push({ type: "received", client: this, count });
@@ -194,12 +196,12 @@ class Client {
  *   protocol(peer) {
  *     peers.add(peer);
  *     peer.closed.then(() => peers.delete(peer));
- *     peer.send(`Welcome! ${peers.size} are here.\n`);
+ *     peer.send(`Welcome, number ${peers.size}.\n`);
  *     return (bytes) => {
  *       for (const other of peers) if (other !== peer) other.send(bytes);
  *     };
  *   },
- *   signal: AbortSignal.timeout(100),
+ *   signal: AbortSignal.timeout(100), // so that this example ends
  * });
  * ```
  */
@@ -221,7 +223,7 @@ export async function serve(
   const clients = new Set<Client>();
   const totals: Totals = { clients: 0, reads: 0, bytes: 0 };
   let stoppedAt = Infinity; // ms
-  let nextTick: ReturnType<typeof setTimeout> | undefined;
+  let tickTimer: ReturnType<typeof setTimeout> | undefined;
   const onAbort = () => push({ type: "abort" });
   signal?.addEventListener("abort", onAbort);
   if (signal?.aborted) onAbort();
@@ -233,7 +235,7 @@ export async function serve(
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
       const client = "client" in completion ? completion.client : undefined;
-      if (client?.state === "closed") continue; // in the meantime
+      if (client?.state === "closed") continue; // nothing matters now
       try {
         switch (completion.type) {
           case "accepted": // a new client: wait for the next one, too
@@ -241,10 +243,10 @@ export async function serve(
             welcome(completion.client);
             break;
           case "received": // null says that the client has ended its stream
-            receive(completion.client, completion.count);
+            received(completion.client, completion.count);
             break;
           case "replied": // the handler's promise has brought its reply
-            reply(completion.client, completion.data);
+            replied(completion.client, completion.data);
             break;
           case "written": // perhaps only a part: the rest is written next
             written(completion.client, completion.count);
@@ -258,7 +260,7 @@ export async function serve(
           case "tick": // some time has passed: who has taken too long?
             tick(completion.time);
             break;
-          case "abort": // no more clients, and no more handlers are called
+          case "abort": // close the listeners and every client
             stop();
             break;
           default: // the compiler checks that no case is missing
@@ -270,7 +272,7 @@ export async function serve(
       }
     }
   }
-  clearTimeout(nextTick);
+  clearTimeout(tickTimer);
   signal?.removeEventListener("abort", onAbort);
   const { clients: served, reads, bytes } = totals;
   log("info", `served ${served} clients, ${reads} reads, ${bytes} bytes`);
@@ -295,9 +297,9 @@ export async function serve(
       if ("setNoDelay" in conn) conn.setNoDelay();
       if ("setKeepAlive" in conn) conn.setKeepAlive();
     } catch { /* the client has reset already: its first read says so */ }
-    limit(client, idleTimeout);
+    setLimit(client, idleTimeout);
     client.reading = true;
-    client.read(); // at once, so that its time begins now
+    client.read(); // the first read is the only one that waits for no round
     client.handle = protocol({
       remoteAddr,
       localAddr,
@@ -329,7 +331,7 @@ export async function serve(
     else if (client.peerEnded) disconnect(client, "end of stream");
     else if (!client.replying) {
       if (client.state === "closing") endStream(client);
-      plan(client, "reading");
+      plan(client, "reading"); // after endStream, too: to the client's end
     }
   }
 
@@ -340,9 +342,10 @@ export async function serve(
     selector.nextRound(what === "reading" ? client.read : client.write);
   }
 
-  function receive(client: Client, count: number | null): void {
+  function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
     client.reading = false;
+    if (count === 0) throw new TypeError("its buffer has been transferred");
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
     totals.reads++;
@@ -356,10 +359,10 @@ export async function serve(
     if (typeof result === "object" && result !== null && "then" in result) {
       Promise.resolve(result).then(client.onReplied, client.onFailed);
       advance(client);
-    } else reply(client, result);
+    } else replied(client, result);
   }
 
-  function reply(client: Client, data: Reply): void {
+  function replied(client: Client, data: Reply): void {
     const { outbox } = client;
     const bytes = bytesOf(data ?? "");
     if (outbox.length === 0 && bytes.length > 0) {
@@ -375,6 +378,7 @@ export async function serve(
 
   function written(client: Client, count: number): void {
     client.writing = false;
+    if (count === 0) throw new TypeError("its reply has been transferred");
     client.outbox.remove(count);
     advance(client);
   }
@@ -382,7 +386,7 @@ export async function serve(
   function close(client: Client): void {
     if (client.state !== "open") return;
     client.state = "closing";
-    limit(client, grace);
+    setLimit(client, grace);
     advance(client);
   }
 
@@ -392,21 +396,19 @@ export async function serve(
    * still on its way would be lost (RFC 1122, 4.2.2.13).
    */
   function endStream(client: Client): void {
+    setLimit(client, LINGER);
     client.state = "lingering";
-    client.lingersSince = performance.now();
-    limit(client, LINGER);
     client.conn.closeWrite().catch(client.onFailed);
   }
 
   function disconnect(client: Client, why: unknown, isError = false): void {
     clients.delete(client);
-    // Losing queued bytes, a refused send (RangeError) or a reply is an error.
-    isError ||= client.outbox.length > 0 || client.replying ||
-      why instanceof RangeError;
+    isError ||= client.outbox.length > 0 || client.replying; // which are lost
     client.state = "closed";
     client.outbox = new Outbox(); // a program may keep the peer: free its bytes
     client.gone.resolve();
-    // Deno 2.8 closes no connection with a read pending and its stream open.
+    // In Deno 2.8, a connection with a pending read stays open unless its
+    // stream is ended first.
     client.conn.closeWrite().catch(() => {}); // rejects after a reset
     client.conn[Symbol.dispose](); // unlike close, it never throws
     log(isError ? "error" : "info", `${client.name} disconnected:`, why);
@@ -418,15 +420,17 @@ export async function serve(
     const { state, outbox } = client;
     if (state !== "open") return;
     if (outbox.length > sendLimit) {
-      client.state = "closing"; // so it is sent nothing more
+      client.state = "closing"; // so that no more is sent to it
       client.onFailed(new RangeError(`${outbox.length} bytes are queued`));
-    } else outbox.add(bytes);
+    }
+    outbox.add(bytes);
     if (outbox.length > 0) plan(client, "writing");
   }
 
   // ---- Time
-  /** Gives a client a new limit, in ms, from now on. */
-  function limit(client: Client, ms: number): void {
+  // The clock of a client starts again when an operation of it starts or is
+  // complete. The server looks at the clocks at each tick.
+  function setLimit(client: Client, ms: number): void {
     client.limit = ms;
     client.startClock();
     if (ms < Infinity) startTick();
@@ -434,10 +438,9 @@ export async function serve(
 
   /** Schedules a tick in 100 ms, unless one is scheduled already. */
   function startTick(): void {
-    nextTick ??= setTimeout(() => {
-      // What arrives by this time is handled before the tick, and what has been
-      // planned by then is started. So a client that sends in time is never
-      // closed, however long a handler computes, or a round takes.
+    tickTimer ??= setTimeout(() => {
+      // Perhaps the server itself is late. So it first handles what has arrived
+      // by now, and starts what is planned, and then it asks who is late.
       const time = performance.now();
       selector.catchUp();
       selector.nextRound(() => push({ type: "tick", time }));
@@ -446,14 +449,14 @@ export async function serve(
 
   /** Closes the clients for which the server has waited long enough. */
   function tick(time: number): void {
-    nextTick = undefined;
+    tickTimer = undefined;
     for (const client of clients) {
       const waited = Math.floor(time - client.waitingSince);
-      const deadline = grace + Math.min(client.lingersSince, stoppedAt);
       if (waited >= client.limit) {
         disconnect(client, `no progress for ${waited} ms`);
-      } else if (time >= deadline) disconnect(client, "the grace time is over");
-      else if (client.limit < Infinity) startTick();
+      } else if (time >= stoppedAt + grace) {
+        disconnect(client, "the grace time is over");
+      } else if (client.limit < Infinity) startTick();
     }
   }
 
@@ -487,11 +490,11 @@ export async function serve(
   }
 }
 
-// Every waiting client occupies a buffer, so the first one is small. A read
-// that fills it makes the next one twice as large, up to this.
+// A pending read needs a buffer, even if the client is silent. So the first one
+// is small. A read that fills it makes it twice as large, for good, up to this.
 const LARGEST_BUFFER = 64 * 1024;
 const TICK = 100; // ms
-const LINGER = 1000; // ms of silence, after the end of the server's stream
+const LINGER = 1000; // ms from the end of the server's stream to the close
 // An accept fails with one of these if the client has disconnected already.
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;
 const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
@@ -520,7 +523,7 @@ export class FairSelector<T> extends Selector<T> {
   #isRunning = false; // rounds are being started
   #mustCatchUp = false;
 
-  /** Starts an operation in the next round. */
+  /** Starts an operation in the next round. `start` must not throw. */
   nextRound(start: () => void): void {
     this.#planned.push(start);
     if (!this.#isRunning) this.#startRounds();
@@ -535,12 +538,12 @@ export class FairSelector<T> extends Selector<T> {
     this.#isRunning = true;
     while (this.#planned.length > 0) {
       await nextTurn(); // by then, the loop has handled all that is complete
-      // After many operations, others may have been postponed. Let them
-      // complete, and if these are many, too, those that come after them.
-      let before = 0;
-      while (this.#mustCatchUp || this.#planned.length > before + 2 * BATCH) {
+      // If many are planned, others may have been postponed: wait for those,
+      // and if they are many, too, wait again.
+      let known = 0;
+      while (this.#mustCatchUp || this.#planned.length - known > MANY) {
         this.#mustCatchUp = false;
-        before = this.#planned.length;
+        known = this.#planned.length;
         for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
       }
       for (const [n, start] of this.#planned.splice(0).entries()) {
@@ -554,11 +557,12 @@ export class FairSelector<T> extends Selector<T> {
 
 const nextTurn = () =>
   new Promise<void>((resolve) => void setImmediate(resolve));
-// Two numbers for tokio's rules. (With another runtime, speed or fairness may
+// These follow from tokio's rules. (With another runtime, speed or fairness may
 // suffer, but no bytes are lost.) In one turn, BATCH reads start, and as many
-// writes answer earlier reads: together, they stay below 128. Tokio takes up
-// what it has postponed within 61 turns (`event_interval`): CATCH_UP is more.
+// writes answer earlier reads: MANY in all, which is below 128. What tokio has
+// postponed, it takes up again within 61 turns (its `event_interval`).
 const BATCH = 60;
+const MANY = 2 * BATCH;
 const CATCH_UP = 64;
 
 // ---- The queue of a client
@@ -598,7 +602,6 @@ class Outbox {
 
   /** Removes what has been written. */
   remove(count: number): void {
-    if (count === 0) throw new TypeError("the reply has been transferred");
     this.length -= count;
     const isAll = count === this.#writing.length;
     this.#writing = isAll ? EMPTY : this.#writing.subarray(count);
@@ -630,8 +633,9 @@ export interface ServeOptions {
    */
   protocol?: (peer: Peer) => Handler;
   /**
-   * Closes a client that has neither sent nor taken a byte for this time, even
-   * while its reply is being made. By default there is no limit.
+   * Closes a client when the server has waited for this time: for bytes from
+   * it, for its connection to take some, or for its reply. By default, there is
+   * no limit.
    */
   idleTimeout?: number;
   /**
@@ -640,9 +644,9 @@ export interface ServeOptions {
    */
   sendLimit?: number;
   /**
-   * Closes a client that is being closed when it takes no byte for this time,
-   * and any client this long after a stop, or after the server has ended its
-   * stream. After that end, 1,000 ms of silence are enough. By default 5,000.
+   * Instead of `idleTimeout`, the limit for a client that is being closed, until
+   * its queue has been sent. (Then it has 1,000 ms to end its stream.) Also how
+   * long a stop may take in all. By default 5,000.
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -690,7 +694,8 @@ async function main(): Promise<void> {
       // With the default backlog, 511, some of a thousand clients must retry.
       return Deno.listen({ hostname, port, tcpBacklog: 4096 });
     } catch (error) {
-      throw new Error(`cannot listen on ${hostname}:${port}: ${error}`);
+      const address = formatAddress({ transport: "tcp", hostname, port });
+      throw new Error(`cannot listen on ${address}: ${error}`);
     }
   });
   const stopper = new AbortController();

@@ -143,7 +143,7 @@ class Client {
   // and reads the client's to its end. Closed: it is gone.
   state: "open" | "closing" | "lingering" | "closed" = "open";
   peerEnded = false; // the client has ended its own stream
-  // See "Time": since when the server waits for it, and for how long (in ms).
+  // Since when the server waits for it, and for how long, in ms (see "Time").
   waitingSince = 0;
   limit = Infinity;
 
@@ -212,11 +212,7 @@ export async function serve(
   const { protocol = () => echo, signal } = options;
   const { idleTimeout = Infinity, sendLimit = 2 ** 20, grace = 5000 } = options;
   const logger: Logger = options.logger ?? { error: console.error };
-  const numbers = { idleTimeout, sendLimit, grace };
-  for (const [name, value] of Object.entries(numbers)) {
-    if (value >= 0) continue;
-    throw new RangeError(`${name} is ${value}: expected 0 or more`);
-  }
+  refuseBelowZero({ idleTimeout, sendLimit, grace });
   const selector = new FairSelector<Completion>(); // see "Fair turns"
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
@@ -453,7 +449,7 @@ export async function serve(
     for (const client of clients) {
       const waited = Math.floor(time - client.waitingSince);
       if (waited >= client.limit) {
-        disconnect(client, `no progress for ${waited} ms`);
+        disconnect(client, `timed out after ${waited} ms`);
       } else if (time >= stoppedAt + grace) {
         disconnect(client, "the grace time is over");
       } else if (client.limit < Infinity) startTick();
@@ -661,6 +657,13 @@ export interface ServeOptions {
 
 type Logger = NonNullable<ServeOptions["logger"]>;
 
+function refuseBelowZero(options: Record<string, number>): void {
+  for (const [name, value] of Object.entries(options)) {
+    if (value >= 0) continue;
+    throw new RangeError(`${name} is ${value}: expected 0 or more`);
+  }
+}
+
 /** Counts of clients, of reads that returned bytes, and of these bytes. */
 export type Totals = { clients: number; reads: number; bytes: number };
 
@@ -670,12 +673,11 @@ Select server: echoes what its clients send, on two ports, in one loop.
 
   deno run --allow-net select_server.ts [OPTIONS]
 
-  -H, --host HOST        address to listen on (127.0.0.1: this machine only)
-  -p, --port PORT        the first of two ports (50007); 0: any two
-      --idle-timeout S   close a client that is idle for S seconds (never)
-  -v, --verbose          log every read, too
-  -q, --quiet            log errors only
-  -h, --help             show this help
+  -H, --host HOST   address to listen on (127.0.0.1: this machine only)
+  -p, --port PORT   the first of two ports (50007); 0: any two
+  -v, --verbose     log every read, too
+  -q, --quiet       log errors only
+  -h, --help        show this help
 
 Ctrl-C sends what is queued, then stops the server, within about 5 s.`;
 
@@ -684,11 +686,8 @@ async function main(): Promise<void> {
   if (args?.help) return console.log(HELP);
   const { host: hostname = "127.0.0.1", port = "50007" } = args ?? {};
   if (hostname === "") refuse("--host", "an address");
-  const first = wholeNumber("--port", port, 65534);
-  const idle = args?.["idle-timeout"];
-  const idleTimeout = idle === undefined
-    ? Infinity
-    : 1000 * wholeNumber("--idle-timeout", idle, 1e6);
+  const first = /^\d+$/.test(port) ? Number(port) : NaN;
+  if (!(first < 65535)) refuse(`--port ${port}`, "a whole number below 65535");
   const listeners = [first, first === 0 ? 0 : first + 1].map((port) => {
     try {
       // With the default backlog, 511, some of a thousand clients must retry.
@@ -709,7 +708,7 @@ async function main(): Promise<void> {
   const logger: Logger = { error: printTo(err) };
   if (!args?.quiet) logger.info = printTo(out);
   if (args?.verbose && !args.quiet) logger.debug = printTo(out);
-  await serve(listeners, { idleTimeout, signal: stopper.signal, logger });
+  await serve(listeners, { signal: stopper.signal, logger });
   // Wait at most 500 ms for the last lines to be written.
   const late = new Promise((resolve) => setTimeout(resolve, 500));
   await Promise.race([Promise.allSettled([out.ready, err.ready]), late]);
@@ -720,18 +719,13 @@ async function parse() {
   // deno-lint-ignore no-import-prefix -- a copy of this file has no deno.json
   const { parseArgs } = await import("jsr:@std/cli@^1/parse-args");
   const args = parseArgs(Deno.args, {
-    string: ["host", "port", "idle-timeout"],
+    string: ["host", "port"],
     boolean: ["verbose", "quiet", "help"],
     alias: { host: "H", port: "p", verbose: "v", quiet: "q", help: "h" },
     unknown: (arg: string) => refuse(arg),
   });
   args._.forEach((arg: unknown) => refuse(arg)); // what comes after --
   return args;
-}
-
-function wholeNumber(option: string, text: string, most: number): number {
-  if (/^\d+$/.test(text) && Number(text) <= most) return Number(text);
-  return refuse(`${option} ${text}`, `a whole number up to ${most}`);
 }
 
 function refuse(what: unknown, expected = "an option of --help"): never {

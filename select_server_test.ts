@@ -872,7 +872,7 @@ inMemory("each line of the log says what has happened", async (network) => {
     `D ${client} sent N bytes`,
     `E ${client} disconnected: Error: a forged line`,
     `E ${client} disconnected: RangeError: N bytes are queued`,
-    `E ${client} disconnected: no progress for N ms`,
+    `E ${client} disconnected: timed out after N ms`,
     `I ${client} disconnected: end of stream`,
     "I stopping: N clients are connected",
     `E ${client} disconnected: the grace time is over`,
@@ -1422,7 +1422,7 @@ async function connectSoon(port: number): Promise<Deno.Conn> {
 
 const badUse: [script: string, uses: string[], code: number][] = [
   [server, ["--bogus", "--no-quiet", "127.0.0.1", "-- 7", "--port"], 2],
-  [server, ["--port 65535", "--port 5e2", "--idle-timeout x", "--host"], 2],
+  [server, ["--port 65535", "--port 5e2", "--idle-timeout 5", "--host"], 2],
   [server, ["-H nowhere.invalid"], 1],
   [client, ["--bogus", "--clients 0", "-c 1000 -n 100001", "--size 1.5"], 2],
   [client, ["-p 65535", "-n 2 hello", "hello ", "--host", "--timeout 0"], 2],

@@ -73,8 +73,7 @@ async function run(options: Options): Promise<void> {
   setInterval(() => {
     // As in the server, what has come by this time is read before the tick.
     const time = performance.now();
-    selector.catchUp();
-    selector.nextRound(() => push({ type: "tick", time }));
+    selector.catchUp(() => push({ type: "tick", time }));
   }, 100);
 
   while (running.size > 0) {

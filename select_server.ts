@@ -25,9 +25,10 @@ import { setImmediate } from "node:timers"; // Deno 2.6 has no global one
 /**
  * A selector does for promises what the system call `select` does for sockets.
  * The call tells which sockets are *ready* to be read from or written to. A
- * selector tells which operations are *complete*: start one, and in its `then`
- * callback push a record of the result. This is a small echo server. (It stops
- * at the first error, and ignores partial writes.)
+ * selector tells which operations are *complete*. Start an operation, and in
+ * its `then` callback push a record of the result. (Then `select` returns it.
+ * A callback never interrupts the code that is running.) This is a small echo
+ * server. It stops at the first error, and does not wait for its writes.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -116,7 +117,46 @@ export interface Peer {
   close(): void;
 }
 
-// ---- What can complete, and what a client is
+/** How to {@linkcode serve}. Times are in milliseconds. */
+export interface ServeOptions {
+  /**
+   * Called when a client connects. Returns its handler, so variables that are
+   * declared in a protocol belong to one client. By default an echo.
+   */
+  protocol?: (peer: Peer) => Handler;
+  /**
+   * Closes a client after this time without progress: no bytes were read from
+   * it, it has taken none, and its handler has not replied. By default there is
+   * no limit.
+   */
+  idleTimeout?: number;
+  /**
+   * Closes a client if more bytes than this are queued when `send` is called,
+   * so set it above your largest reply or burst. By default 1 MiB.
+   */
+  sendLimit?: number;
+  /**
+   * Instead of `idleTimeout`, the limit for a client that is being closed, until
+   * its queue has been sent. (Then it has 1,000 ms to end its stream.) Also the
+   * limit for a stop in all, to which accepting, if it pauses, may add 1,000 ms.
+   * By default 5,000.
+   */
+  grace?: number;
+  /** Stops the server when it aborts. */
+  signal?: AbortSignal;
+  /**
+   * Where to log: lost bytes or replies are errors, clients that come and go
+   * are info, reads are debug. By default errors go to the console, which
+   * blocks the whole server while its reader is slow.
+   */
+  logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
+}
+
+/** Counts of clients, of reads that a handler was given, and of their bytes. */
+export type Totals = { clients: number; reads: number; bytes: number };
+
+// ---- The server
+/** What can be complete. The loop has a case for each type. */
 type Completion =
   | { type: "accepted"; listener: Deno.Listener; client: Client }
   | { type: "accept failed"; listener: Deno.Listener; error: unknown }
@@ -127,60 +167,6 @@ type Completion =
   | { type: "tick"; time: number }
   | { type: "abort" };
 
-class Client {
-  name = "";
-  handle: Handler = echo; // until its protocol has returned another one
-  buffer = new Uint8Array(4 * 1024); // for its next read
-  outbox = new Outbox(); // the bytes that are queued for it
-  gone = Promise.withResolvers<void>();
-  // Whether a read, a reply or a write is planned or under way.
-  reading = false;
-  replying = false;
-  writing = false;
-
-  // Open: what it sends is answered. Closing: its queue is still sent, but
-  // nothing more is answered. Lingering: the server has ended its own stream,
-  // and reads the client's to its end. Closed: it is gone.
-  state: "open" | "closing" | "lingering" | "closed" = "open";
-  peerEnded = false; // the client has ended its own stream
-  // Since when the server waits for it, and for how long, in ms (see "Time").
-  waitingSince = 0;
-  limit = Infinity;
-
-  constructor(
-    readonly conn: Deno.Conn | Deno.TcpConn,
-    readonly push: (completion: Completion) => void,
-  ) {}
-
-  // `then(f, g)` calls f with the result, or g with the error, but not before
-  // the code that is running now has returned. These are arrow functions, which
-  // keep `this`, and are made once for each client, which is faster than a new
-  // function for each operation.
-  read = () => {
-    this.startClock();
-    this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
-  };
-  write = () => {
-    this.startClock();
-    this.conn.write(this.outbox.next()).then(this.onWritten, this.onFailed);
-  };
-  startClock(): void {
-    // Looking at the clock takes time, so look only if there is a limit. While
-    // the client lingers, nothing that it does gives it more time.
-    if (this.limit === Infinity || this.state === "lingering") return;
-    this.waitingSince = performance.now();
-  }
-  onReceived = (count: number | null) =>
-    this.push({ type: "received", client: this, count });
-  onReplied = (data: Reply) =>
-    this.push({ type: "replied", client: this, data });
-  onWritten = (count: number) =>
-    this.push({ type: "written", client: this, count });
-  onFailed = (error: unknown) =>
-    this.push({ type: "failed", client: this, error });
-}
-
-// ---- The server
 /**
  * Serves every client of every listener in one loop, without a limit on their
  * number. Resolves when all listeners are closed and all clients are gone. When
@@ -294,8 +280,6 @@ export async function serve(
       if ("setKeepAlive" in conn) conn.setKeepAlive();
     } catch { /* the client has reset already: its first read says so */ }
     setLimit(client, idleTimeout);
-    client.reading = true;
-    client.read(); // the first read is the only one that waits for no round
     client.handle = protocol({
       remoteAddr,
       localAddr,
@@ -307,13 +291,14 @@ export async function serve(
       close: () => close(client),
     });
     if (stoppedAt < Infinity) close(client); // accepted just before the stop
+    advance(client);
   }
 
   /**
-   * Decides what comes next for a client, after each completion. After the
-   * first read, reads are planned only here. One client, from start to end:
+   * Decides what comes next for a client. Each step ends here, and reads are
+   * planned nowhere else. One client, from start to end:
    *
-   *     accepted          (its first read is started)           reading
+   *     accepted          its first read is planned             reading
    *     received 4 bytes  the handler replies: write at once    writing
    *     written 2 bytes   a partial write: plan to write more   writing
    *     written 2 bytes   the queue is empty: plan a read       reading
@@ -323,19 +308,26 @@ export async function serve(
     client.startClock(); // see "Time"
     // No read is planned while bytes are queued, so a client that does not read
     // cannot make the server keep more and more of them (back-pressure).
-    if (client.outbox.length > 0) plan(client, "writing");
+    if (client.outbox.length > 0) planWrite(client);
     else if (client.peerEnded) disconnect(client, "end of stream");
     else if (!client.replying) {
       if (client.state === "closing") endStream(client);
-      plan(client, "reading"); // after endStream, too: to the client's end
+      planRead(client); // even then, to read its stream to the end
     }
   }
 
-  /** Starts a read or a write in the next round, unless one is on its way. */
-  function plan(client: Client, what: "reading" | "writing"): void {
-    if (client[what]) return;
-    client[what] = true;
-    selector.nextRound(what === "reading" ? client.read : client.write);
+  /** Starts a read in the next round, unless one is on its way. */
+  function planRead(client: Client): void {
+    if (client.reading) return;
+    client.reading = true;
+    selector.nextRound(client.read);
+  }
+
+  /** Starts a write in the next round, unless one is on its way. */
+  function planWrite(client: Client): void {
+    if (client.writing) return;
+    client.writing = true;
+    selector.nextRound(client.write);
   }
 
   function received(client: Client, count: number | null): void {
@@ -392,7 +384,7 @@ export async function serve(
    * still on its way would be lost (RFC 1122, 4.2.2.13).
    */
   function endStream(client: Client): void {
-    setLimit(client, LINGER);
+    setLimit(client, LINGER); // from now on: the clock does not start again
     client.state = "lingering";
     client.conn.closeWrite().catch(client.onFailed);
   }
@@ -415,12 +407,12 @@ export async function serve(
     const bytes = bytesOf(data);
     const { state, outbox } = client;
     if (state !== "open") return;
-    if (outbox.length > sendLimit) {
-      client.state = "closing"; // so that no more is sent to it
+    if (outbox.length > sendLimit) { // this is the last send that is queued
+      client.state = "closing";
       client.onFailed(new RangeError(`${outbox.length} bytes are queued`));
     }
     outbox.add(bytes);
-    if (outbox.length > 0) plan(client, "writing");
+    if (outbox.length > 0) planWrite(client);
   }
 
   // ---- Time
@@ -438,8 +430,7 @@ export async function serve(
       // Perhaps the server itself is late. So it first handles what has arrived
       // by now, and starts what is planned, and then it asks who is late.
       const time = performance.now();
-      selector.catchUp();
-      selector.nextRound(() => push({ type: "tick", time }));
+      selector.catchUp(() => push({ type: "tick", time }));
     }, TICK);
   }
 
@@ -486,82 +477,59 @@ export async function serve(
   }
 }
 
-// A pending read needs a buffer, even if the client is silent. So the first one
-// is small. A read that fills it makes it twice as large, for good, up to this.
-const LARGEST_BUFFER = 64 * 1024;
-const TICK = 100; // ms
-const LINGER = 1000; // ms from the end of the server's stream to the close
-// An accept fails with one of these if the client has disconnected already.
-const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;
-const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
+// ---- A client
+class Client {
+  name = "";
+  handle: Handler = echo; // `welcome` asks its protocol for another one
+  buffer = new Uint8Array(4 * 1024); // for its next read
+  outbox = new Outbox(); // the bytes that are queued for it
+  gone = Promise.withResolvers<void>();
+  // True while a read is planned or under way, and so on.
+  reading = false;
+  replying = false;
+  writing = false;
 
-// ---- Fair turns
-/**
- * A selector that gives every client its turn.
- * With the plain selector, a thousand clients that ask again as soon as they
- * are answered are not served alike: most of them wait for seconds. In one turn
- * of its event loop, Deno's runtime (tokio) completes at most 128 operations.
- * It postpones the others, and begins the next turn with those that became
- * ready later, which are the clients that have just been answered.
- * So operations are planned, and started in *rounds*. A round begins when all
- * that was ready has been handed out: no client is read from twice before every
- * client that is ready has been read from once.
- * @example
- * ```ts
- * import { FairSelector } from "./select_server.ts";
- * const selector = new FairSelector<string>();
- * selector.nextRound(() => selector.push("started"));
- * console.log(await selector.select()); // [ "started" ]
- * ```
- */
-export class FairSelector<T> extends Selector<T> {
-  #planned: (() => void)[] = []; // for the next round
-  #isRunning = false; // rounds are being started
-  #mustCatchUp = false;
+  // Open: what it sends is answered. Closing: its queue is still sent, but
+  // nothing more is answered. Lingering: the server has ended its own stream,
+  // and reads the client's to its end. Closed: it is gone.
+  state: "open" | "closing" | "lingering" | "closed" = "open";
+  peerEnded = false; // the client has ended its own stream
+  // Since when the server waits for it, and for how long, in ms (see "Time").
+  waitingSince = 0;
+  limit = Infinity;
 
-  /** Starts an operation in the next round. `start` must not throw. */
-  nextRound(start: () => void): void {
-    this.#planned.push(start);
-    if (!this.#isRunning) this.#startRounds();
+  constructor(
+    readonly conn: Deno.Conn | Deno.TcpConn,
+    readonly push: (completion: Completion) => void,
+  ) {}
+
+  // `then(f, g)` calls f with the result, or g with the error. Both are made
+  // once for each client, as new ones for each operation would cost time. They
+  // are arrow functions, which keep `this`.
+  read = () => {
+    this.startClock();
+    this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
+  };
+  write = () => {
+    this.startClock();
+    this.conn.write(this.outbox.next()).then(this.onWritten, this.onFailed);
+  };
+  startClock(): void {
+    // It costs time to look at the clock, so do it only if there is a limit.
+    // While the client lingers, nothing that it does gives it more time.
+    if (this.limit === Infinity || this.state === "lingering") return;
+    this.waitingSince = performance.now();
   }
-
-  /** Hands out all that is ready by now before the next round begins. */
-  catchUp(): void {
-    this.#mustCatchUp = true;
-  }
-
-  async #startRounds(): Promise<void> {
-    this.#isRunning = true;
-    while (this.#planned.length > 0) {
-      await nextTurn(); // by then, the loop has handled all that is complete
-      // If many are planned, others may have been postponed: wait for those,
-      // and if they are many, too, wait again.
-      let known = 0;
-      while (this.#mustCatchUp || this.#planned.length - known > MANY) {
-        this.#mustCatchUp = false;
-        known = this.#planned.length;
-        for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
-      }
-      for (const [n, start] of this.#planned.splice(0).entries()) {
-        if (n > 0 && n % BATCH === 0) await nextTurn();
-        start();
-      }
-    }
-    this.#isRunning = false;
-  }
+  onReceived = (count: number | null) =>
+    this.push({ type: "received", client: this, count });
+  onReplied = (data: Reply) =>
+    this.push({ type: "replied", client: this, data });
+  onWritten = (count: number) =>
+    this.push({ type: "written", client: this, count });
+  onFailed = (error: unknown) =>
+    this.push({ type: "failed", client: this, error });
 }
 
-const nextTurn = () =>
-  new Promise<void>((resolve) => void setImmediate(resolve));
-// These follow from tokio's rules. (With another runtime, speed or fairness may
-// suffer, but no bytes are lost.) In one turn, BATCH reads start, and as many
-// writes answer earlier reads: MANY in all, which is below 128. What tokio has
-// postponed, it takes up again within 61 turns (its `event_interval`).
-const BATCH = 60;
-const MANY = 2 * BATCH;
-const CATCH_UP = 64;
-
-// ---- The queue of a client
 /** A queue of bytes: some are being written, and others wait behind them. */
 class Outbox {
   length = 0; // bytes in all
@@ -604,6 +572,89 @@ class Outbox {
   }
 }
 
+// A pending read needs a buffer, even if the client is silent. So the first one
+// is small. A read that fills it makes it twice as large, for good, up to this.
+const LARGEST_BUFFER = 64 * 1024;
+const TICK = 100; // ms
+const LINGER = 1000; // ms from the end of the server's stream to the close
+// An accept fails with one of these if the client has disconnected already.
+const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;
+const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
+
+// ---- Fair turns
+/**
+ * A selector that gives every client its turn.
+ * With the plain selector, a thousand clients that ask again as soon as they
+ * are answered are not served alike: most of them wait for seconds. In one turn
+ * of its event loop, Deno's runtime (tokio) completes at most 128 operations.
+ * It postpones the others, and begins the next turn with those that became
+ * ready later, which are the clients that have just been answered.
+ * So operations are planned, and started in *rounds*. A round begins when all
+ * that was ready has been handed out. The rule is that no client is read from
+ * twice before every client that is ready has been read from once. For example,
+ * 200 clients ask at the same time:
+ *
+ *     1 turn    128 reads are complete: start as many writes, their replies
+ *     1 turn    these writes are complete: 128 reads are planned
+ *     64 turns  those are many, so wait: the other 72 clients are served
+ *     4 turns   a round begins: 60, 60, 60 and 20 reads are started
+ *
+ * @example
+ * ```ts
+ * import { FairSelector } from "./select_server.ts";
+ * const selector = new FairSelector<string>();
+ * selector.nextRound(() => selector.push("started"));
+ * console.log(await selector.select()); // [ "started" ]
+ * ```
+ */
+export class FairSelector<T> extends Selector<T> {
+  #planned: (() => void)[] = []; // for the next round
+  #isRunning = false; // rounds are being started
+  #mustCatchUp = false;
+
+  /** Starts an operation in the next round. `start` must not throw. */
+  nextRound(start: () => void): void {
+    this.#planned.push(start);
+    if (!this.#isRunning) this.#startRounds();
+  }
+
+  /** As `nextRound`, but first all that is ready by now is handed out. */
+  catchUp(start: () => void): void {
+    this.#mustCatchUp = true;
+    this.nextRound(start);
+  }
+
+  async #startRounds(): Promise<void> {
+    this.#isRunning = true;
+    while (this.#planned.length > 0) {
+      await nextTurn(); // by then, the loop has handled all that is complete
+      // If many are planned, others may have been postponed: wait for those,
+      // and if they are many, too, wait again.
+      let seen = 0;
+      while (this.#mustCatchUp || this.#planned.length - seen > MANY) {
+        this.#mustCatchUp = false;
+        seen = this.#planned.length;
+        for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
+      }
+      for (const [n, start] of this.#planned.splice(0).entries()) {
+        if (n > 0 && n % BATCH === 0) await nextTurn();
+        start();
+      }
+    }
+    this.#isRunning = false;
+  }
+}
+
+const nextTurn = () =>
+  new Promise<void>((resolve) => void setImmediate(resolve));
+// These follow from tokio's rules. (With another runtime, speed or fairness may
+// suffer, but no bytes are lost.) In one turn, BATCH reads start, and as many
+// writes answer earlier reads: MANY in all, which is below 128. What tokio has
+// postponed, it takes up again within 61 turns (its `event_interval`).
+const BATCH = 60;
+const MANY = 2 * BATCH;
+const CATCH_UP = 64;
+
 function bytesOf(data: Uint8Array | string): Uint8Array {
   if (data instanceof Uint8Array) return data;
   if (typeof data === "string") return encoder.encode(data);
@@ -620,41 +671,6 @@ const EMPTY = new Uint8Array(0);
 const encoder = new TextEncoder();
 const echo = (bytes: Uint8Array): Uint8Array => bytes; // RFC 862
 
-// ---- Options
-/** How to {@linkcode serve}. Times are in milliseconds. */
-export interface ServeOptions {
-  /**
-   * Called when a client connects. Returns its handler, so variables that are
-   * declared in a protocol belong to one client. By default an echo.
-   */
-  protocol?: (peer: Peer) => Handler;
-  /**
-   * Closes a client when the server has waited for this time: for bytes from
-   * it, for its connection to take some, or for its reply. By default, there is
-   * no limit.
-   */
-  idleTimeout?: number;
-  /**
-   * Closes a client if more bytes than this are queued when `send` is called,
-   * so set it above your largest reply or burst. By default 1 MiB.
-   */
-  sendLimit?: number;
-  /**
-   * Instead of `idleTimeout`, the limit for a client that is being closed, until
-   * its queue has been sent. (Then it has 1,000 ms to end its stream.) Also how
-   * long a stop may take in all. By default 5,000.
-   */
-  grace?: number;
-  /** Stops the server when it aborts. */
-  signal?: AbortSignal;
-  /**
-   * Where to log: lost bytes or replies are errors, clients that come and go
-   * are info, reads are debug. By default errors go to the console, which
-   * blocks the whole server while its reader is slow.
-   */
-  logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
-}
-
 type Logger = NonNullable<ServeOptions["logger"]>;
 
 function refuseBelowZero(options: Record<string, number>): void {
@@ -663,9 +679,6 @@ function refuseBelowZero(options: Record<string, number>): void {
     throw new RangeError(`${name} is ${value}: expected 0 or more`);
   }
 }
-
-/** Counts of clients, of reads that returned bytes, and of these bytes. */
-export type Totals = { clients: number; reads: number; bytes: number };
 
 // ---- The command line
 const HELP = `\

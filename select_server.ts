@@ -26,9 +26,9 @@ import { setImmediate } from "node:timers"; // Deno 2.6 has no global one
  * A selector does for promises what the system call `select` does for sockets.
  * The call tells which sockets are *ready* to be read from or written to. A
  * selector tells which operations are *complete*. Start an operation, and in
- * its `then` callback push a record of the result. (Then `select` returns it.
- * A callback never interrupts the code that is running.) This is a small echo
- * server. It stops at the first error, and does not wait for its writes.
+ * its `then` callback push a record of the result, which `select` returns. (A
+ * callback never interrupts code that is running.) This is a small echo server.
+ * It assumes that nothing fails, and that a write takes all of its bytes.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -90,10 +90,10 @@ export type Reply = Uint8Array | string | null | void;
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
  * has no messages, so these bytes may be a part of a line, or many lines. The
- * next read overwrites them, so copy what you keep. Leave the reply unchanged
- * until it has been written. Until then the client is not read from. So if it
- * disconnects while its reply is being made, the server notices that when it
- * writes to it, or closes it at the `idleTimeout`.
+ * next read overwrites them, so copy what you keep. The server does not read
+ * from the client again before the reply has been written, so leave the reply
+ * unchanged until then. If the client disconnects while its reply is being
+ * made, the server notices at the write, or at the `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -109,7 +109,8 @@ export interface Peer {
   readonly closed: Promise<void>;
   /**
    * Sends bytes, which are copied, or a string as UTF-8, after what is queued
-   * already. After `close` it does nothing.
+   * already. The client is read from again when all has been sent. After
+   * `close`, `send` does nothing.
    * @throws {TypeError} If `data` is neither bytes nor a string.
    */
   send(data: Uint8Array | string): void;
@@ -125,21 +126,21 @@ export interface ServeOptions {
    */
   protocol?: (peer: Peer) => Handler;
   /**
-   * Closes a client after this time without progress: no bytes were read from
-   * it, it has taken none, and its handler has not replied. By default there is
-   * no limit.
+   * Disconnects a client after this time without progress, which is to read
+   * bytes from it, to write bytes to it, or to get its reply from its handler.
+   * By default there is no limit.
    */
   idleTimeout?: number;
   /**
-   * Closes a client if more bytes than this are queued when `send` is called,
-   * so set it above your largest reply or burst. By default 1 MiB.
+   * Disconnects a client if more bytes than this are queued when `send` is
+   * called, so set it above your largest reply or burst. By default 1 MiB.
    */
   sendLimit?: number;
   /**
-   * Instead of `idleTimeout`, the limit for a client that is being closed, until
-   * its queue has been sent. (Then it has 1,000 ms to end its stream.) Also the
-   * limit for a stop in all, to which accepting, if it pauses, may add 1,000 ms.
-   * By default 5,000.
+   * Disconnects a client that is being closed after this time without progress,
+   * and every client at this time after a stop. By default 5,000. (A client has
+   * 1,000 ms to end its stream after the server's, and accepting may pause for
+   * 1,000 ms, even in a stop.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -156,7 +157,8 @@ export interface ServeOptions {
 export type Totals = { clients: number; reads: number; bytes: number };
 
 // ---- The server
-/** What can be complete. The loop has a case for each type. */
+// This is the small server again, with what that one leaves out: the rest of a
+// partial write, a queue for each client, errors, time limits, and a stop.
 type Completion =
   | { type: "accepted"; listener: Deno.Listener; client: Client }
   | { type: "accept failed"; listener: Deno.Listener; error: unknown }
@@ -199,7 +201,9 @@ export async function serve(
   const { idleTimeout = Infinity, sendLimit = 2 ** 20, grace = 5000 } = options;
   const logger: Logger = options.logger ?? { error: console.error };
   refuseBelowZero({ idleTimeout, sendLimit, grace });
-  const selector = new FairSelector<Completion>(); // see "Fair turns"
+  // To follow the loop, take it for a plain selector: `nextRound(start)` calls
+  // `start` a moment later (see "Fair turns").
+  const selector = new FairSelector<Completion>();
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
   const clients = new Set<Client>();
@@ -295,10 +299,11 @@ export async function serve(
   }
 
   /**
-   * Decides what comes next for a client. Each step ends here, and reads are
-   * planned nowhere else. One client, from start to end:
+   * Decides, after each step, what comes next for a client. Reads are planned
+   * nowhere else. One client, from start to end:
    *
-   *     accepted          its first read is planned             reading
+   *     complete          next                                  flag that is set
+   *     accepted          plan a read                           reading
    *     received 4 bytes  the handler replies: write at once    writing
    *     written 2 bytes   a partial write: plan to write more   writing
    *     written 2 bytes   the queue is empty: plan a read       reading
@@ -312,7 +317,7 @@ export async function serve(
     else if (client.peerEnded) disconnect(client, "end of stream");
     else if (!client.replying) {
       if (client.state === "closing") endStream(client);
-      planRead(client); // even then, to read its stream to the end
+      planRead(client); // when lingering, too: its stream is read to the end
     }
   }
 
@@ -384,13 +389,13 @@ export async function serve(
    * still on its way would be lost (RFC 1122, 4.2.2.13).
    */
   function endStream(client: Client): void {
-    setLimit(client, LINGER); // from now on: the clock does not start again
-    client.state = "lingering";
+    setLimit(client, LINGER);
+    client.state = "lingering"; // from now on its clock does not start again
     client.conn.closeWrite().catch(client.onFailed);
   }
 
   function disconnect(client: Client, why: unknown, isError = false): void {
-    clients.delete(client);
+    if (!clients.delete(client)) return; // by a send, earlier in this step
     isError ||= client.outbox.length > 0 || client.replying; // which are lost
     client.state = "closed";
     client.outbox = new Outbox(); // a program may keep the peer: free its bytes
@@ -404,12 +409,12 @@ export async function serve(
 
   // ---- Sending at any time
   function send(client: Client, data: Uint8Array | string): void {
-    const bytes = bytesOf(data);
     const { state, outbox } = client;
     if (state !== "open") return;
-    if (outbox.length > sendLimit) { // this is the last send that is queued
-      client.state = "closing";
-      client.onFailed(new RangeError(`${outbox.length} bytes are queued`));
+    const bytes = bytesOf(data);
+    if (outbox.length > sendLimit) {
+      const error = new RangeError(`${outbox.length} bytes are queued`);
+      return disconnect(client, error, true);
     }
     outbox.add(bytes);
     if (outbox.length > 0) planWrite(client);
@@ -428,13 +433,14 @@ export async function serve(
   function startTick(): void {
     tickTimer ??= setTimeout(() => {
       // Perhaps the server itself is late. So it first handles what has arrived
-      // by now, and starts what is planned, and then it asks who is late.
+      // by now, and starts what is planned (see "Fair turns"). Only then it asks
+      // who is late.
       const time = performance.now();
       selector.catchUp(() => push({ type: "tick", time }));
     }, TICK);
   }
 
-  /** Closes the clients for which the server has waited long enough. */
+  /** Disconnects the clients that have been waited for long enough. */
   function tick(time: number): void {
     tickTimer = undefined;
     for (const client of clients) {
@@ -468,8 +474,8 @@ export async function serve(
 
   async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
-      const isError = level === "error" && why instanceof Error;
-      const shown = isError ? Deno.inspect(why) : String(why); // with its stack
+      const isBug = level === "error" && why instanceof Error; // show its stack
+      const shown = isBug ? Deno.inspect(why) : String(why);
       // An error may quote what a client has sent: keep it on one line.
       const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
       await logger[level]?.(line.trim());
@@ -484,16 +490,15 @@ class Client {
   buffer = new Uint8Array(4 * 1024); // for its next read
   outbox = new Outbox(); // the bytes that are queued for it
   gone = Promise.withResolvers<void>();
-  // True while a read is planned or under way, and so on.
-  reading = false;
-  replying = false;
-  writing = false;
+  reading = false; // a read is planned, or under way
+  replying = false; // its handler has not replied yet
+  writing = false; // a write is planned, or under way
+  peerEnded = false; // the client has ended its own stream
 
   // Open: what it sends is answered. Closing: its queue is still sent, but
   // nothing more is answered. Lingering: the server has ended its own stream,
   // and reads the client's to its end. Closed: it is gone.
   state: "open" | "closing" | "lingering" | "closed" = "open";
-  peerEnded = false; // the client has ended its own stream
   // Since when the server waits for it, and for how long, in ms (see "Time").
   waitingSince = 0;
   limit = Infinity;
@@ -590,14 +595,15 @@ const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
  * It postpones the others, and begins the next turn with those that became
  * ready later, which are the clients that have just been answered.
  * So operations are planned, and started in *rounds*. A round begins when all
- * that was ready has been handed out. The rule is that no client is read from
+ * that was ready has been handed out. The aim is that no client is read from
  * twice before every client that is ready has been read from once. For example,
  * 200 clients ask at the same time:
  *
- *     1 turn    128 reads are complete: start as many writes, their replies
- *     1 turn    these writes are complete: 128 reads are planned
- *     64 turns  those are many, so wait: the other 72 clients are served
- *     4 turns   a round begins: 60, 60, 60 and 20 reads are started
+ *     turns  what happens
+ *       1    128 reads are complete: start as many writes, their replies
+ *       1    these writes are complete: 128 reads are planned
+ *      64    those are many, so wait: meanwhile the other 72 are served
+ *       4    a round begins: 60, 60, 60 and 20 reads are started
  *
  * @example
  * ```ts
@@ -628,12 +634,12 @@ export class FairSelector<T> extends Selector<T> {
     this.#isRunning = true;
     while (this.#planned.length > 0) {
       await nextTurn(); // by then, the loop has handled all that is complete
-      // If many are planned, others may have been postponed: wait for those,
-      // and if they are many, too, wait again.
-      let seen = 0;
-      while (this.#mustCatchUp || this.#planned.length - seen > MANY) {
+      // If many are planned, others may have been postponed. Wait for those,
+      // and while that brings many more, wait again.
+      let plannedBefore = 0;
+      while (this.#mustCatchUp || this.#planned.length - plannedBefore > MANY) {
         this.#mustCatchUp = false;
-        seen = this.#planned.length;
+        plannedBefore = this.#planned.length;
         for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
       }
       for (const [n, start] of this.#planned.splice(0).entries()) {
@@ -649,8 +655,9 @@ const nextTurn = () =>
   new Promise<void>((resolve) => void setImmediate(resolve));
 // These follow from tokio's rules. (With another runtime, speed or fairness may
 // suffer, but no bytes are lost.) In one turn, BATCH reads start, and as many
-// writes answer earlier reads: MANY in all, which is below 128. What tokio has
-// postponed, it takes up again within 61 turns (its `event_interval`).
+// writes answer earlier reads. So MANY operations fit into a turn, with some
+// room for others. What tokio has postponed, it takes up again within 61 turns
+// (its `event_interval`).
 const BATCH = 60;
 const MANY = 2 * BATCH;
 const CATCH_UP = 64;

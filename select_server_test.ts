@@ -1090,11 +1090,12 @@ class Actor {
     // The server may not know yet that the last write is complete.
     const known = [waiting, waiting + (conn?.incoming.lastTaken ?? 0)];
     const isKnown = !this.isMaking && this.lostAt === Infinity;
-    const all = before + bytes.length;
-    if (isKnown && !known.includes(before) || ![before, all].includes(after)) {
+    const isSent = before <= sendLimit;
+    const sent = isSent ? before + bytes.length : 0;
+    if (isKnown && !known.includes(before) || ![before, sent].includes(after)) {
       this.wrong += `${before}, then ${after} bytes, not ${known}. `;
     }
-    if (before > sendLimit) return void this.now("lostAt");
+    if (!isSent) return void this.now("lostAt");
     if (after === before) return; // it is closing
     this.notLate.push(...bytes);
     this.sends += bytes.length;

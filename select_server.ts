@@ -338,7 +338,6 @@ export async function serve(
   function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
     client.reading = false;
-    if (count === 0) throw new TypeError("its buffer has been transferred");
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
     totals.reads++;
@@ -371,7 +370,6 @@ export async function serve(
 
   function written(client: Client, count: number): void {
     client.writing = false;
-    if (count === 0) throw new TypeError("its reply has been transferred");
     client.outbox.remove(count);
     advance(client);
   }
@@ -402,7 +400,7 @@ export async function serve(
     client.gone.resolve();
     // In Deno 2.8, a connection with a pending read stays open unless its
     // stream is ended first.
-    client.conn.closeWrite().catch(() => {}); // rejects after a reset
+    client.conn.closeWrite().catch(() => {}); // it may be reset already
     client.conn[Symbol.dispose](); // unlike close, it never throws
     log(isError ? "error" : "info", `${client.name} disconnected:`, why);
   }
@@ -413,8 +411,7 @@ export async function serve(
     if (state !== "open") return;
     const bytes = bytesOf(data);
     if (outbox.length > sendLimit) {
-      const error = new RangeError(`${outbox.length} bytes are queued`);
-      return disconnect(client, error, true);
+      return disconnect(client, `${outbox.length} bytes are queued`);
     }
     outbox.add(bytes);
     if (outbox.length > 0) planWrite(client);
@@ -569,11 +566,11 @@ class Outbox {
     return this.#writing;
   }
 
-  /** Removes what has been written. */
+  /** Removes what has been written. Throws if a reply has been transferred. */
   remove(count: number): void {
+    const rest = this.#writing.subarray(count);
+    this.#writing = rest.length > 0 ? rest : EMPTY;
     this.length -= count;
-    const isAll = count === this.#writing.length;
-    this.#writing = isAll ? EMPTY : this.#writing.subarray(count);
   }
 }
 

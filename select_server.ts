@@ -11,7 +11,7 @@
  *
  * JavaScript's event loop does the same if each client has an async function of
  * its own. A loop of your own shows how, and it can decide who is served next:
- * here each client has its turn, as the next reads start in *rounds*.
+ * here each client has its turn, because reads start in *rounds*.
  *
  * For the idea, read the selector, the loop in `serve`, and `advance`, which
  * decides what comes next for a client. Then read "Fair turns", and the rest
@@ -26,8 +26,8 @@ import { setImmediate } from "node:timers"; // Deno 2.6 has no global one
  * A selector does for promises what the system call `select` does for sockets.
  * The call tells which sockets are *ready* to be read from or written to. A
  * selector tells which operations are *complete*. Start an operation, and in
- * its `then` callback push a record of the result, which `select` returns. (A
- * callback never interrupts code that is running.) This is a small echo server.
+ * its `then` callback push a record of the result. `select` returns the records.
+ * (Callbacks never interrupt code that is running.) This is a small echo server.
  * It assumes that nothing fails, and that a write takes all of its bytes.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
@@ -138,9 +138,8 @@ export interface ServeOptions {
   sendLimit?: number;
   /**
    * Disconnects a client that is being closed after this time without progress,
-   * and every client at this time after a stop. By default 5,000. (A client has
-   * 1,000 ms to end its stream after the server's, and accepting may pause for
-   * 1,000 ms, even in a stop.)
+   * and every client at this time after a stop. By default 5,000. (When the
+   * server has ended its stream, the client has 1,000 ms to end its own.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -166,6 +165,7 @@ type Completion =
   | { type: "replied"; client: Client; data: Reply }
   | { type: "written"; client: Client; count: number }
   | { type: "failed"; client: Client; error: unknown }
+  | { type: "overflow"; client: Client }
   | { type: "tick"; time: number }
   | { type: "abort" };
 
@@ -240,6 +240,9 @@ export async function serve(
           case "failed": // a reset, a broken pipe, a promise that rejects
             disconnect(completion.client, completion.error);
             break;
+          case "overflow": // more is sent to a client than it takes
+            disconnect(completion.client, "too much is queued", true);
+            break;
           case "accept failed": // client gone, port closed, or no descriptors
             acceptFailed(completion.listener, completion.error);
             break;
@@ -252,7 +255,7 @@ export async function serve(
           default: // the compiler checks that no case is missing
             completion satisfies never;
         }
-      } catch (error) { // a handler that throws ends its client alone
+      } catch (error) { // a handler that throws ends only its own client
         if (!client) throw error; // it belongs to no client
         disconnect(client, error, true);
       }
@@ -287,7 +290,7 @@ export async function serve(
     client.handle = protocol({
       remoteAddr,
       localAddr,
-      closed: client.gone.promise,
+      closed: client.closed.promise,
       get bufferedAmount() {
         return client.outbox.length;
       },
@@ -299,14 +302,14 @@ export async function serve(
   }
 
   /**
-   * Decides, after each step, what comes next for a client. Reads are planned
-   * nowhere else. One client, from start to end:
+   * Decides, after each step, what comes next for a client. Only the write of a
+   * reply is started elsewhere, in `replied`. One client, from start to end:
    *
-   *     complete          next                                  flag that is set
-   *     accepted          plan a read                           reading
-   *     received 4 bytes  the handler replies: write at once    writing
-   *     written 2 bytes   a partial write: plan to write more   writing
-   *     written 2 bytes   the queue is empty: plan a read       reading
+   *     complete          what comes next                    flag that is set
+   *     accepted          plan a read                        reading
+   *     received 4 bytes  the handler replies: write it      writing
+   *     written 2 bytes   a partial write: plan to go on     writing
+   *     written 2 bytes   the queue is empty: plan a read    reading
    *     received null     the queue is empty: disconnect
    */
   function advance(client: Client): void {
@@ -393,13 +396,12 @@ export async function serve(
   }
 
   function disconnect(client: Client, why: unknown, isError = false): void {
-    if (!clients.delete(client)) return; // by a send, earlier in this step
+    clients.delete(client);
     isError ||= client.outbox.length > 0 || client.replying; // which are lost
     client.state = "closed";
     client.outbox = new Outbox(); // a program may keep the peer: free its bytes
-    client.gone.resolve();
-    // In Deno 2.8, a connection with a pending read stays open unless its
-    // stream is ended first.
+    client.closed.resolve();
+    // Without this, Deno 2.8 keeps a connection that has a pending read.
     client.conn.closeWrite().catch(() => {}); // it may be reset already
     client.conn[Symbol.dispose](); // unlike close, it never throws
     log(isError ? "error" : "info", `${client.name} disconnected:`, why);
@@ -411,15 +413,15 @@ export async function serve(
     if (state !== "open") return;
     const bytes = bytesOf(data);
     if (outbox.length > sendLimit) {
-      return disconnect(client, `${outbox.length} bytes are queued`);
+      client.state = "closing"; // until the loop disconnects it
+      return push({ type: "overflow", client });
     }
     outbox.add(bytes);
     if (outbox.length > 0) planWrite(client);
   }
 
   // ---- Time
-  // The clock of a client starts again when an operation of it starts or is
-  // complete. The server looks at the clocks at each tick.
+  // A client's clock starts again when an operation of it starts or completes.
   function setLimit(client: Client, ms: number): void {
     client.limit = ms;
     client.startClock();
@@ -429,15 +431,14 @@ export async function serve(
   /** Schedules a tick in 100 ms, unless one is scheduled already. */
   function startTick(): void {
     tickTimer ??= setTimeout(() => {
-      // Perhaps the server itself is late. So it first handles what has arrived
-      // by now, and starts what is planned (see "Fair turns"). Only then it asks
-      // who is late.
+      // A busy server may not have seen all that has arrived. So it first
+      // handles that, starts what is planned, and then asks who is late.
       const time = performance.now();
       selector.catchUp(() => push({ type: "tick", time }));
     }, TICK);
   }
 
-  /** Disconnects the clients that have been waited for long enough. */
+  /** Disconnects the clients whose limit has passed. */
   function tick(time: number): void {
     tickTimer = undefined;
     for (const client of clients) {
@@ -471,8 +472,8 @@ export async function serve(
 
   async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
-      const isBug = level === "error" && why instanceof Error; // show its stack
-      const shown = isBug ? Deno.inspect(why) : String(why);
+      const showStack = level === "error" && why instanceof Error;
+      const shown = showStack ? Deno.inspect(why) : String(why);
       // An error may quote what a client has sent: keep it on one line.
       const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
       await logger[level]?.(line.trim());
@@ -486,7 +487,7 @@ class Client {
   handle: Handler = echo; // `welcome` asks its protocol for another one
   buffer = new Uint8Array(4 * 1024); // for its next read
   outbox = new Outbox(); // the bytes that are queued for it
-  gone = Promise.withResolvers<void>();
+  closed = Promise.withResolvers<void>(); // resolves when it is gone
   reading = false; // a read is planned, or under way
   replying = false; // its handler has not replied yet
   writing = false; // a write is planned, or under way
@@ -496,7 +497,7 @@ class Client {
   // nothing more is answered. Lingering: the server has ended its own stream,
   // and reads the client's to its end. Closed: it is gone.
   state: "open" | "closing" | "lingering" | "closed" = "open";
-  // Since when the server waits for it, and for how long, in ms (see "Time").
+  // When its clock has started, and its limit, in ms (see "Time").
   waitingSince = 0;
   limit = Infinity;
 
@@ -505,9 +506,8 @@ class Client {
     readonly push: (completion: Completion) => void,
   ) {}
 
-  // `then(f, g)` calls f with the result, or g with the error. Both are made
-  // once for each client, as new ones for each operation would cost time. They
-  // are arrow functions, which keep `this`.
+  // `then(f, g)` calls f with the result, or g with the error. These are arrow
+  // functions, which keep `this`, and made once, as new ones would cost time.
   read = () => {
     this.startClock();
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
@@ -631,14 +631,7 @@ export class FairSelector<T> extends Selector<T> {
     this.#isRunning = true;
     while (this.#planned.length > 0) {
       await nextTurn(); // by then, the loop has handled all that is complete
-      // If many are planned, others may have been postponed. Wait for those,
-      // and while that brings many more, wait again.
-      let plannedBefore = 0;
-      while (this.#mustCatchUp || this.#planned.length - plannedBefore > MANY) {
-        this.#mustCatchUp = false;
-        plannedBefore = this.#planned.length;
-        for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
-      }
+      await this.#waitForPostponed();
       for (const [n, start] of this.#planned.splice(0).entries()) {
         if (n > 0 && n % BATCH === 0) await nextTurn();
         start();
@@ -646,19 +639,29 @@ export class FairSelector<T> extends Selector<T> {
     }
     this.#isRunning = false;
   }
+
+  /** If many are planned, others may have been postponed: waits for these. */
+  async #waitForPostponed(): Promise<void> {
+    let plannedBefore = 0;
+    while (this.#mustCatchUp || this.#planned.length - plannedBefore > MANY) {
+      this.#mustCatchUp = false;
+      plannedBefore = this.#planned.length;
+      for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
+    } // and again, if that has brought many
+  }
 }
 
 const nextTurn = () =>
   new Promise<void>((resolve) => void setImmediate(resolve));
-// These follow from tokio's rules. (With another runtime, speed or fairness may
-// suffer, but no bytes are lost.) In one turn, BATCH reads start, and as many
-// writes answer earlier reads. So MANY operations fit into a turn, with some
-// room for others. What tokio has postponed, it takes up again within 61 turns
-// (its `event_interval`).
+// These follow from tokio's rules. (With another runtime, fairness may suffer,
+// but no bytes are lost.) In one turn, BATCH reads start, and as many writes
+// answer earlier reads: MANY operations, which leaves room for a few more. Tokio
+// takes up what it has postponed within 61 turns (its `event_interval`).
 const BATCH = 60;
 const MANY = 2 * BATCH;
 const CATCH_UP = 64;
 
+// ---- Helpers
 function bytesOf(data: Uint8Array | string): Uint8Array {
   if (data instanceof Uint8Array) return data;
   if (typeof data === "string") return encoder.encode(data);
@@ -691,7 +694,7 @@ Select server: echoes what its clients send, on two ports, in one loop.
   deno run --allow-net select_server.ts [OPTIONS]
 
   -H, --host HOST   address to listen on (127.0.0.1: this machine only)
-  -p, --port PORT   the first of two ports (50007); 0: any two
+  -p, --port PORT   the first port, before the second (50007); 0: any two
   -v, --verbose     log every read, too
   -q, --quiet       log errors only
   -h, --help        show this help

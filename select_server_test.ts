@@ -864,7 +864,7 @@ inMemory("each line of the log says what has happened", async (network) => {
     `I ${client} connected`,
     `D ${client} sent N bytes`,
     `E ${client} disconnected: Error: a forged line`,
-    `E ${client} disconnected: N bytes are queued`,
+    `E ${client} disconnected: too much is queued`,
     `E ${client} disconnected: timed out after N ms`,
     `I ${client} disconnected: end of stream`,
     "I stopping: N clients are connected",

@@ -10,8 +10,8 @@
  * while a handler computes, every client waits, as there is one thread.
  *
  * JavaScript's event loop does the same if each client has an async function of
- * its own. A loop of your own shows how, and it can decide who is served next:
- * here each client has its turn, because reads start in *rounds*.
+ * its own. A loop of your own shows how, and has every decision in one place.
+ * Here each client also has its turn, because reads start in *rounds*.
  *
  * For the idea, read the selector, the loop in `serve`, and `advance`, which
  * decides what comes next for a client. Then read "Fair turns", and the rest
@@ -267,7 +267,15 @@ export async function serve(
   log("info", `served ${served} clients, ${reads} reads, ${bytes} bytes`);
   return totals;
 
-  // The steps, in the order of a client's life. (Function declarations hoist.)
+  // The steps, in the order of a client's life. Each ends with `advance`.
+  //
+  //     complete          step      what comes next
+  //     accepted          welcome   plan a read
+  //     received 4 bytes  received  call the handler
+  //                       replied   write its reply at once
+  //     written 2 bytes   written   a partial write: plan to write the rest
+  //     written 2 bytes   written   the queue is empty: plan a read
+  //     received null     received  the client's end: disconnect
   function accept(listener: Deno.Listener): void {
     listener.accept().then((conn) => {
       push({ type: "accepted", listener, client: new Client(conn, push) });
@@ -301,17 +309,7 @@ export async function serve(
     advance(client);
   }
 
-  /**
-   * Decides, after each step, what comes next for a client. Only the write of a
-   * reply is started elsewhere, in `replied`. One client, from start to end:
-   *
-   *     complete          what comes next                    flag that is set
-   *     accepted          plan a read                        reading
-   *     received 4 bytes  the handler replies: write it      writing
-   *     written 2 bytes   a partial write: plan to go on     writing
-   *     written 2 bytes   the queue is empty: plan a read    reading
-   *     received null     the queue is empty: disconnect
-   */
+  /** Decides what comes next for a client. Reads are planned only here. */
   function advance(client: Client): void {
     client.startClock(); // see "Time"
     // No read is planned while bytes are queued, so a client that does not read

@@ -1320,7 +1320,7 @@ function check(story: Awaited<ReturnType<typeof play>>): void {
     promises(isSoon(closedAt, failsAt), "who gets an error is closed at once");
     const isNoticed = isSoon(closedAt, Math.max(leavesAt, most)) ||
       behaviour === "gets no answer" ||
-      waiting > 0 && incoming.closedAt > closedAt;
+      waiting > 0 && incoming.closedAt >= closedAt;
     promises(isNoticed, "who disconnects is closed when all is out");
 
     const reads = [polite, transferred, "falls silent", "is closed"];

@@ -201,8 +201,8 @@ export async function serve(
   const { idleTimeout = Infinity, sendLimit = 2 ** 20, grace = 5000 } = options;
   const logger: Logger = options.logger ?? { error: console.error };
   refuseBelowZero({ idleTimeout, sendLimit, grace });
-  // To follow the loop, take it for a plain selector: `nextRound(start)` calls
-  // `start` a moment later (see "Fair turns").
+  // To follow the loop, read this as a plain selector, whose `nextRound(start)`
+  // calls `start` a moment later (see "Fair turns").
   const selector = new FairSelector<Completion>();
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);

@@ -743,7 +743,7 @@ inMemory("what is sent and replied keeps its order", async (network) => {
   await write(conn, "x");
   await hears(conn, "before, after, ");
   const peer = await server.peer();
-  peer.send("meanwhile, ");
+  await sleep(1).then(() => peer.send("meanwhile, ")); // all else is out
   assertEquals(peer.bufferedAmount, "meanwhile, ".length);
   peer.close(); // its reply is being made already, and goes out
   peer.send("dropped");

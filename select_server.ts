@@ -10,7 +10,7 @@
  * while a handler computes, every client waits, as there is one thread.
  *
  * JavaScript's event loop does the same if each client has an async function of
- * its own. A loop of your own shows how, and has every decision in one place.
+ * its own. A loop of your own shows how, and has its decisions in one place.
  * Here each client also has its turn, because reads start in *rounds*.
  *
  * For the idea, read the selector, the loop in `serve`, and `advance`, which
@@ -19,7 +19,7 @@
  * line".
  * @module
  */
-import { setImmediate } from "node:timers"; // Deno 2.6 has no global one
+import { setImmediate as nextTurn } from "node:timers/promises";
 
 // ---- The selector
 /**
@@ -126,9 +126,9 @@ export interface ServeOptions {
    */
   protocol?: (peer: Peer) => Handler;
   /**
-   * Disconnects a client after this time without progress, which is to read
-   * bytes from it, to write bytes to it, or to get its reply from its handler.
-   * By default there is no limit.
+   * Disconnects a client after this time without progress. To read from it, to
+   * write to it, and to get a reply from its handler is progress. By default
+   * there is no limit.
    */
   idleTimeout?: number;
   /**
@@ -137,9 +137,9 @@ export interface ServeOptions {
    */
   sendLimit?: number;
   /**
-   * Disconnects a client that is being closed after this time without progress,
-   * and every client at this time after a stop. By default 5,000. (When the
-   * server has ended its stream, the client has 1,000 ms to end its own.)
+   * How long a client that is being closed may stay without progress, and every
+   * client after a stop in all. By default 5,000. (When the server has ended its
+   * stream, the client has 1,000 ms to end its own.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -201,8 +201,8 @@ export async function serve(
   const { idleTimeout = Infinity, sendLimit = 2 ** 20, grace = 5000 } = options;
   const logger: Logger = options.logger ?? { error: console.error };
   refuseBelowZero({ idleTimeout, sendLimit, grace });
-  // To follow the loop, read this as a plain selector, whose `nextRound(start)`
-  // calls `start` a moment later (see "Fair turns").
+  // To follow the loop, read this as a `Selector` that has one more method:
+  // `nextRound(start)` calls `start` a moment later (see "Fair turns").
   const selector = new FairSelector<Completion>();
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
@@ -267,12 +267,12 @@ export async function serve(
   log("info", `served ${served} clients, ${reads} reads, ${bytes} bytes`);
   return totals;
 
-  // The steps, in the order of a client's life. Each ends with `advance`.
+  // The steps, in the order of a client's life. These end with `advance`:
   //
   //     complete          step      what comes next
   //     accepted          welcome   plan a read
   //     received 4 bytes  received  call the handler
-  //                       replied   write its reply at once
+  //     (or: replied)     replied   write its reply at once
   //     written 2 bytes   written   a partial write: plan to write the rest
   //     written 2 bytes   written   the queue is empty: plan a read
   //     received null     received  the client's end: disconnect
@@ -411,7 +411,7 @@ export async function serve(
     if (state !== "open") return;
     const bytes = bytesOf(data);
     if (outbox.length > sendLimit) {
-      client.state = "closing"; // until the loop disconnects it
+      client.state = "closing"; // so later sends do nothing
       return push({ type: "overflow", client });
     }
     outbox.add(bytes);
@@ -564,7 +564,7 @@ class Outbox {
     return this.#writing;
   }
 
-  /** Removes what has been written. Throws if a reply has been transferred. */
+  /** Removes what has been written. Throws if its buffer has been detached. */
   remove(count: number): void {
     const rest = this.#writing.subarray(count);
     this.#writing = rest.length > 0 ? rest : EMPTY;
@@ -641,16 +641,17 @@ export class FairSelector<T> extends Selector<T> {
   /** If many are planned, others may have been postponed: waits for these. */
   async #waitForPostponed(): Promise<void> {
     let plannedBefore = 0;
-    while (this.#mustCatchUp || this.#planned.length - plannedBefore > MANY) {
-      this.#mustCatchUp = false;
+    // If that brings many, too, wait again. (New clients may go on coming.)
+    for (let waits = 0; waits < MOST_WAITS; waits++) {
+      const isMany = this.#planned.length - plannedBefore > MANY;
+      if (!isMany && !this.#mustCatchUp) return;
       plannedBefore = this.#planned.length;
+      this.#mustCatchUp = false;
       for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
-    } // and again, if that has brought many
+    }
   }
 }
 
-const nextTurn = () =>
-  new Promise<void>((resolve) => void setImmediate(resolve));
 // These follow from tokio's rules. (With another runtime, fairness may suffer,
 // but no bytes are lost.) In one turn, BATCH reads start, and as many writes
 // answer earlier reads: MANY operations, which leaves room for a few more. Tokio
@@ -658,6 +659,7 @@ const nextTurn = () =>
 const BATCH = 60;
 const MANY = 2 * BATCH;
 const CATCH_UP = 64;
+const MOST_WAITS = 32; // enough for 4,000 clients that ask at the same time
 
 // ---- Helpers
 function bytesOf(data: Uint8Array | string): Uint8Array {
@@ -692,7 +694,7 @@ Select server: echoes what its clients send, on two ports, in one loop.
   deno run --allow-net select_server.ts [OPTIONS]
 
   -H, --host HOST   address to listen on (127.0.0.1: this machine only)
-  -p, --port PORT   the first port, before the second (50007); 0: any two
+  -p, --port PORT   the first port (50007); the second is the next; 0: any two
   -v, --verbose     log every read, too
   -q, --quiet       log errors only
   -h, --help        show this help

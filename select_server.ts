@@ -13,10 +13,9 @@
  * its own. A loop of your own shows how, and has its decisions in one place.
  * Here each client also has its turn, because reads start in *rounds*.
  *
- * For the idea, read the selector, the loop in `serve`, and `advance`, which
- * decides what comes next for a client. Then read "Fair turns", and the rest
- * when you need it. A program that copies this file does not need "The command
- * line".
+ * For the idea, read the selector, the loop in `serve`, and `advance`. Then read
+ * "Fair turns", and the rest when you need it. A program that copies this file
+ * does not need "The command line".
  * @module
  */
 import { setImmediate as nextTurn } from "node:timers/promises";
@@ -156,8 +155,10 @@ export interface ServeOptions {
 export type Totals = { clients: number; reads: number; bytes: number };
 
 // ---- The server
-// This is the small server again, with what that one leaves out: the rest of a
-// partial write, a queue for each client, errors, time limits, and a stop.
+// This is the small server again, with what that one leaves out: partial writes
+// and a queue for each client, errors, time limits, and a stop. For example, a
+// read: `planRead` plans it, a round starts it (`client.read`), its callback
+// pushes "received", the loop calls `received`, and `advance` plans the next.
 type Completion =
   | { type: "accepted"; listener: Deno.Listener; client: Client }
   | { type: "accept failed"; listener: Deno.Listener; error: unknown }
@@ -170,11 +171,10 @@ type Completion =
   | { type: "abort" };
 
 /**
- * Serves every client of every listener in one loop, without a limit on their
- * number. Resolves when all listeners are closed and all clients are gone. When
- * the signal aborts, it closes the listeners, and each client as `Peer.close`
- * does. An error with one client closes only that client. One that half-closes
- * is closed when its queue has been sent.
+ * Serves the clients of all listeners, however many, in one loop. Resolves when
+ * all listeners are closed and all clients are gone. When the signal aborts, it
+ * closes the listeners, and each client as `Peer.close` does. An error ends only
+ * its own client. A client that half-closes is closed when its queue is sent.
  * @throws {RangeError} If an option is a number that is not 0 or more.
  * @example A chat: each client hears what the others say.
  * ```ts

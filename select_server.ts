@@ -92,7 +92,7 @@ export type Reply = Uint8Array | string | null | void;
  * next read overwrites them, so copy what you keep. The server does not read
  * from the client again before the reply has been written, so leave the reply
  * unchanged until then. If the client disconnects while its reply is being
- * made, the server notices at the write, or at the `idleTimeout`.
+ * made, the server notices only afterwards, or at the `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -108,8 +108,8 @@ export interface Peer {
   readonly closed: Promise<void>;
   /**
    * Sends bytes, which are copied, or a string as UTF-8, after what is queued
-   * already. The client is read from again when all has been sent. After
-   * `close`, `send` does nothing.
+   * already. Until all has been sent, no other read from the client is started.
+   * After `close`, `send` does nothing.
    * @throws {TypeError} If `data` is neither bytes nor a string.
    */
   send(data: Uint8Array | string): void;
@@ -136,9 +136,9 @@ export interface ServeOptions {
    */
   sendLimit?: number;
   /**
-   * How long a client that is being closed may stay without progress, and every
-   * client after a stop in all. By default 5,000. (When the server has ended its
-   * stream, the client has 1,000 ms to end its own.)
+   * Disconnects a client that is closing if it makes no progress for this time.
+   * This long after a stop, disconnects all. By default 5,000. (When the server
+   * has ended its stream, the client has 1,000 ms to end its own.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -157,7 +157,7 @@ export type Totals = { clients: number; reads: number; bytes: number };
 // ---- The server
 // This is the small server again, with what that one leaves out: partial writes
 // and a queue for each client, errors, time limits, and a stop. For example, a
-// read: `planRead` plans it, a round starts it (`client.read`), its callback
+// read: `plan` plans it, a round starts it (`client.read`), its callback
 // pushes "received", the loop calls `received`, and `advance` plans the next.
 type Completion =
   | { type: "accepted"; listener: Deno.Listener; client: Client }
@@ -271,8 +271,9 @@ export async function serve(
   //
   //     complete          step      what comes next
   //     accepted          welcome   plan a read
-  //     received 4 bytes  received  call the handler
-  //     (or: replied)     replied   write its reply at once
+  //     received 4 bytes  received  call the handler, and `replied`, unless it
+  //                                 has returned a promise
+  //     replied           replied   write the reply at once
   //     written 2 bytes   written   a partial write: plan to write the rest
   //     written 2 bytes   written   the queue is empty: plan a read
   //     received null     received  the client's end: disconnect
@@ -314,26 +315,19 @@ export async function serve(
     client.startClock(); // see "Time"
     // No read is planned while bytes are queued, so a client that does not read
     // cannot make the server keep more and more of them (back-pressure).
-    if (client.outbox.length > 0) planWrite(client);
+    if (client.outbox.length > 0) plan(client, "writing");
     else if (client.peerEnded) disconnect(client, "end of stream");
     else if (!client.replying) {
       if (client.state === "closing") endStream(client);
-      planRead(client); // when lingering, too: its stream is read to the end
+      plan(client, "reading"); // when lingering, too: to the client's end
     }
   }
 
-  /** Starts a read in the next round, unless one is on its way. */
-  function planRead(client: Client): void {
-    if (client.reading) return;
-    client.reading = true;
-    selector.nextRound(client.read);
-  }
-
-  /** Starts a write in the next round, unless one is on its way. */
-  function planWrite(client: Client): void {
-    if (client.writing) return;
-    client.writing = true;
-    selector.nextRound(client.write);
+  /** Starts a read or a write in the next round, unless one is on its way. */
+  function plan(client: Client, what: "reading" | "writing"): void {
+    if (client[what]) return;
+    client[what] = true;
+    selector.nextRound(what === "reading" ? client.read : client.write);
   }
 
   function received(client: Client, count: number | null): void {
@@ -397,7 +391,7 @@ export async function serve(
     clients.delete(client);
     isError ||= client.outbox.length > 0 || client.replying; // which are lost
     client.state = "closed";
-    client.outbox = new Outbox(); // a program may keep the peer: free its bytes
+    client.outbox = new Outbox(); // a program may keep the peer, so free these
     client.closed.resolve();
     // Without this, Deno 2.8 keeps a connection that has a pending read.
     client.conn.closeWrite().catch(() => {}); // it may be reset already
@@ -415,7 +409,7 @@ export async function serve(
       return push({ type: "overflow", client });
     }
     outbox.add(bytes);
-    if (outbox.length > 0) planWrite(client);
+    if (outbox.length > 0) plan(client, "writing");
   }
 
   // ---- Time
@@ -612,6 +606,12 @@ export class FairSelector<T> extends Selector<T> {
   #planned: (() => void)[] = []; // for the next round
   #isRunning = false; // rounds are being started
   #mustCatchUp = false;
+  #completions = 0; // since the last wait began
+
+  override push(completion: T): void {
+    this.#completions++;
+    super.push(completion);
+  }
 
   /** Starts an operation in the next round. `start` must not throw. */
   nextRound(start: () => void): void {
@@ -640,14 +640,14 @@ export class FairSelector<T> extends Selector<T> {
 
   /** If many are planned, others may have been postponed: waits for these. */
   async #waitForPostponed(): Promise<void> {
-    let plannedBefore = 0;
+    let isMany = this.#planned.length > MANY;
     // If that brings many, too, wait again. (New clients may go on coming.)
     for (let waits = 0; waits < MOST_WAITS; waits++) {
-      const isMany = this.#planned.length - plannedBefore > MANY;
       if (!isMany && !this.#mustCatchUp) return;
-      plannedBefore = this.#planned.length;
       this.#mustCatchUp = false;
+      this.#completions = 0;
       for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
+      isMany = this.#completions > MANY;
     }
   }
 }
@@ -659,7 +659,7 @@ export class FairSelector<T> extends Selector<T> {
 const BATCH = 60;
 const MANY = 2 * BATCH;
 const CATCH_UP = 64;
-const MOST_WAITS = 32; // enough for 4,000 clients that ask at the same time
+const MOST_WAITS = 32; // each brings up to 128 of the clients that wait
 
 // ---- Helpers
 function bytesOf(data: Uint8Array | string): Uint8Array {

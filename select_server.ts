@@ -89,7 +89,7 @@ export type Reply = Uint8Array | string | null | void;
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
  * has no messages, so these bytes may be a part of a line, or many lines. The
- * next read overwrites them, so copy what you keep. The server does not read
+ * next read overwrites them: copy what you keep, transfer nothing. The server does not read
  * from the client again before the reply has been written, so leave the reply
  * unchanged until then. If the client disconnects while its reply is being
  * made, the server notices only afterwards, or at the `idleTimeout`.
@@ -312,6 +312,7 @@ export async function serve(
 
   /** Decides what comes next for a client. Reads are planned only here. */
   function advance(client: Client): void {
+    if (client.state === "overflowed") return; // it is disconnected next
     client.startClock(); // see "Time"
     // No read is planned while bytes are queued, so a client that does not read
     // cannot make the server keep more and more of them (back-pressure).
@@ -332,6 +333,7 @@ export async function serve(
 
   function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
+    const bytes = buffer.subarray(0, count ?? 0); // throws if it is detached
     client.reading = false;
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
@@ -342,7 +344,7 @@ export async function serve(
       client.buffer = new Uint8Array(2 * count);
     }
     client.replying = true;
-    const result = handle(buffer.subarray(0, count));
+    const result = handle(bytes);
     if (typeof result === "object" && result !== null && "then" in result) {
       Promise.resolve(result).then(client.onReplied, client.onFailed);
       advance(client);
@@ -377,12 +379,12 @@ export async function serve(
   }
 
   /**
-   * Ends the server's stream. The client's is read to its end, unanswered: a
-   * close with bytes unread would reset the connection, and a reply that is
-   * still on its way would be lost (RFC 1122, 4.2.2.13).
+   * Ends the server's stream. The client's is read to its end, unanswered, for
+   * a second at most: a close with bytes unread would reset the connection, and
+   * a reply that is still on its way would be lost (RFC 1122, 4.2.2.13).
    */
   function endStream(client: Client): void {
-    setLimit(client, LINGER);
+    setLimit(client, 1000);
     client.state = "lingering"; // from now on its clock does not start again
     client.conn.closeWrite().catch(client.onFailed);
   }
@@ -405,7 +407,7 @@ export async function serve(
     if (state !== "open") return;
     const bytes = bytesOf(data);
     if (outbox.length > sendLimit) {
-      client.state = "closing"; // so later sends do nothing
+      client.state = "overflowed";
       return push({ type: "overflow", client });
     }
     outbox.add(bytes);
@@ -427,7 +429,7 @@ export async function serve(
       // handles that, starts what is planned, and then asks who is late.
       const time = performance.now();
       selector.catchUp(() => push({ type: "tick", time }));
-    }, TICK);
+    }, 100);
   }
 
   /** Disconnects the clients whose limit has passed. */
@@ -464,8 +466,8 @@ export async function serve(
 
   async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
-      const showStack = level === "error" && why instanceof Error;
-      const shown = showStack ? Deno.inspect(why) : String(why);
+      const isShort = level !== "error" || typeof why === "string";
+      const shown = isShort ? String(why) : Deno.inspect(why); // with its stack
       // An error may quote what a client has sent: keep it on one line.
       const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
       await logger[level]?.(line.trim());
@@ -486,9 +488,9 @@ class Client {
   peerEnded = false; // the client has ended its own stream
 
   // Open: what it sends is answered. Closing: its queue is still sent, but
-  // nothing more is answered. Lingering: the server has ended its own stream,
-  // and reads the client's to its end. Closed: it is gone.
-  state: "open" | "closing" | "lingering" | "closed" = "open";
+  // nothing more is answered. Lingering: the server has ended its own stream, and
+  // reads the client's to its end. Overflowed: too much is queued. Closed: gone.
+  state: "open" | "closing" | "lingering" | "overflowed" | "closed" = "open";
   // When its clock has started, and its limit, in ms (see "Time").
   waitingSince = 0;
   limit = Infinity;
@@ -569,8 +571,6 @@ class Outbox {
 // A pending read needs a buffer, even if the client is silent. So the first one
 // is small. A read that fills it makes it twice as large, for good, up to this.
 const LARGEST_BUFFER = 64 * 1024;
-const TICK = 100; // ms
-const LINGER = 1000; // ms from the end of the server's stream to the close
 // An accept fails with one of these if the client has disconnected already.
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;
 const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];

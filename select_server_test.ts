@@ -686,7 +686,6 @@ const replies: [string, (bytes: Uint8Array) => unknown, string][] = [
   ["another thenable", () => Object.create(thenable), "eggs"],
   ["nothing", () => {}, ""],
   ["an empty string", () => "", ""],
-  ["no bytes", () => new Uint8Array(0), ""],
 ];
 for (const [name, reply, text] of replies) {
   inMemory(`a handler may reply with ${name}`, async (network) => {
@@ -703,10 +702,11 @@ const block = () => new Uint8Array(2 ** 20);
 const failures: [string, (peer: Peer) => Handler][] = [
   ["whose protocol throws", throwing(new Error("full"))],
   ["whose handler throws", () => throwing(new TypeError("no"))],
-  ["whose reply rejects", () => () => Promise.reject("reasons")],
+  ["whose reply rejects", () => () => Promise.reject(Object.create(null))],
   ["whose reply is an object", () => untyped(() => ({ text: "ham" }))],
   ["whose thenable throws", () => untyped(() => ({ then: throwing(7) }))],
   ["whose buffer was transferred", () => transfer],
+  ["closed without a buffer", () => untyped((b) => transfer(b) ?? null)],
   ["whose reply was transferred", ({ send }) => async () => {
     const reply = block();
     await turn();

@@ -89,8 +89,8 @@ export type Reply = Uint8Array | string | null | void;
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
  * has no messages, so these bytes may be a part of a line, or many lines. The
- * next read overwrites them: copy what you keep, transfer nothing. The server does not read
- * from the client again before the reply has been written, so leave the reply
+ * next read overwrites them: copy what you keep, and transfer nothing. Before the
+ * reply has been written, the client is not read from again, so leave the reply
  * unchanged until then. If the client disconnects while its reply is being
  * made, the server notices only afterwards, or at the `idleTimeout`.
  */

@@ -13,9 +13,9 @@
  * its own. A loop of your own shows how, and has its decisions in one place.
  * Here each client also has its turn, because reads start in *rounds*.
  *
- * For the idea, read the selector, the loop in `serve`, and `advance`. Then read
- * "Fair turns", and the rest when you need it. A program that copies this file
- * does not need "The command line".
+ * For the idea, read the selector, the loop in `serve`, and `advance`. Then
+ * read "Fair turns", and the rest when you need it. A program that copies this
+ * file does not need "The command line".
  * @module
  */
 import { setImmediate as nextTurn } from "node:timers/promises";
@@ -25,9 +25,9 @@ import { setImmediate as nextTurn } from "node:timers/promises";
  * A selector does for promises what the system call `select` does for sockets.
  * The call tells which sockets are *ready* to be read from or written to. A
  * selector tells which operations are *complete*. Start an operation, and in
- * its `then` callback push a record of the result. `select` returns the records.
- * (Callbacks never interrupt code that is running.) This is a small echo server.
- * It assumes that nothing fails, and that a write takes all of its bytes.
+ * its `then` callback push a record of the result. `select` returns the
+ * records. (Callbacks never interrupt code that is running.) This is a small
+ * echo server, which assumes that nothing fails and that no write is partial.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -89,10 +89,10 @@ export type Reply = Uint8Array | string | null | void;
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
  * has no messages, so these bytes may be a part of a line, or many lines. The
- * next read overwrites them: copy what you keep, and transfer nothing. Before the
- * reply has been written, the client is not read from again, so leave the reply
- * unchanged until then. If the client disconnects while its reply is being
- * made, the server notices only afterwards, or at the `idleTimeout`.
+ * next read overwrites them: copy what you keep, and transfer nothing. Before
+ * the reply has been written, the client is not read from again, so leave the
+ * reply unchanged until then. If the client disconnects while its reply is
+ * being made, the server notices only afterwards, or at the `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -173,8 +173,8 @@ type Completion =
 /**
  * Serves the clients of all listeners, however many, in one loop. Resolves when
  * all listeners are closed and all clients are gone. When the signal aborts, it
- * closes the listeners, and each client as `Peer.close` does. An error ends only
- * its own client. A client that half-closes is closed when its queue is sent.
+ * closes the listeners, and each client as `Peer.close` does. An error ends
+ * only its own client. One that half-closes is closed when its queue is sent.
  * @throws {RangeError} If an option is a number that is not 0 or more.
  * @example A chat: each client hears what the others say.
  * ```ts
@@ -488,8 +488,8 @@ class Client {
   peerEnded = false; // the client has ended its own stream
 
   // Open: what it sends is answered. Closing: its queue is still sent, but
-  // nothing more is answered. Lingering: the server has ended its own stream, and
-  // reads the client's to its end. Overflowed: too much is queued. Closed: gone.
+  // nothing more is answered. Lingering: the server has ended its own stream,
+  // and reads the client's to its end. Overflowed: too much has been queued.
   state: "open" | "closing" | "lingering" | "overflowed" | "closed" = "open";
   // When its clock has started, and its limit, in ms (see "Time").
   waitingSince = 0;
@@ -654,8 +654,8 @@ export class FairSelector<T> extends Selector<T> {
 
 // These follow from tokio's rules. (With another runtime, fairness may suffer,
 // but no bytes are lost.) In one turn, BATCH reads start, and as many writes
-// answer earlier reads: MANY operations, which leaves room for a few more. Tokio
-// takes up what it has postponed within 61 turns (its `event_interval`).
+// answer earlier reads: MANY operations, which leaves room for a few more.
+// Tokio takes up what it has postponed within 61 turns (its `event_interval`).
 const BATCH = 60;
 const MANY = 2 * BATCH;
 const CATCH_UP = 64;

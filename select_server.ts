@@ -578,11 +578,11 @@ const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
 // ---- Fair turns
 /**
  * A selector that gives every client its turn.
- * With the plain selector, a thousand clients that ask again as soon as they
- * are answered are not served alike: most of them wait for seconds. In one turn
- * of its event loop, Deno's runtime (tokio) completes at most 128 operations.
- * It postpones the others, and begins the next turn with those that became
- * ready later, which are the clients that have just been answered.
+ * With the plain selector, most of a thousand clients that ask again as soon as
+ * they are answered would wait for seconds. In one turn of its event loop,
+ * Deno's runtime (tokio) completes at most 128 operations. It postpones the
+ * others, and begins the next turn with those that became ready later, which
+ * are the clients that have just been answered.
  * So operations are planned, and started in *rounds*. A round begins when all
  * that was ready has been handed out. The aim is that no client is read from
  * twice before every client that is ready has been read from once. For example,
@@ -608,6 +608,7 @@ export class FairSelector<T> extends Selector<T> {
   #mustCatchUp = false;
   #completions = 0; // since the last wait began
 
+  /** Adds a record, as every selector, and counts it. */
   override push(completion: T): void {
     this.#completions++;
     super.push(completion);

@@ -577,12 +577,11 @@ const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
 
 // ---- Fair turns
 /**
- * A selector that gives every client its turn.
- * With the plain selector, most of a thousand clients that ask again as soon as
- * they are answered would wait for seconds. In one turn of its event loop,
- * Deno's runtime (tokio) completes at most 128 operations. It postpones the
- * others, and begins the next turn with those that became ready later, which
- * are the clients that have just been answered.
+ * A selector that gives every client its turn. With the plain selector, most of
+ * a thousand clients that ask again as soon as they are answered would wait for
+ * seconds. In one turn of its event loop, Deno's runtime (tokio) completes at
+ * most 128 operations. It postpones the others, and begins the next turn with
+ * those that became ready later: the clients that have just been answered.
  * So operations are planned, and started in *rounds*. A round begins when all
  * that was ready has been handed out. The aim is that no client is read from
  * twice before every client that is ready has been read from once. For example,

@@ -333,16 +333,16 @@ export async function serve(
 
   function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
-    const bytes = buffer.subarray(0, count ?? 0); // throws if it is detached
     client.reading = false;
+    if (count === buffer.length && count < LARGEST_BUFFER) {
+      client.buffer = new Uint8Array(buffer.buffer.transfer(2 * count));
+    }
+    const bytes = client.buffer.subarray(0, count ?? 0); // throws if detached
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
     totals.reads++;
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
-    if (count === buffer.length && count < LARGEST_BUFFER) {
-      client.buffer = new Uint8Array(2 * count);
-    }
     client.replying = true;
     const result = handle(bytes);
     if (typeof result === "object" && result !== null && "then" in result) {
@@ -568,8 +568,8 @@ class Outbox {
   }
 }
 
-// A pending read needs a buffer, even if the client is silent. So the first one
-// is small. A read that fills it makes it twice as large, for good, up to this.
+// A pending read needs a buffer, even if the client is silent. So it is small at
+// first. A read that fills it makes it twice as large, for good, up to this.
 const LARGEST_BUFFER = 64 * 1024;
 // An accept fails with one of these if the client has disconnected already.
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;

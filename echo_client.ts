@@ -268,7 +268,7 @@ Echo client: many concurrent clients that compare every byte, and a report.
   -n, --messages N      messages each client sends (10)
   -s, --size BYTES      bytes per message (64)
       --timeout S       give up on connect, echo or close after S seconds (10)
-      --no-verify       take what one read brings as the reply (for --stamp)
+      --no-verify       take what one read brings as the reply, whatever it is
       --json            print the report as JSON
   -q, --quiet           print no report
   -h, --help            show this help

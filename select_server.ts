@@ -174,7 +174,7 @@ type Completion =
  * Serves the clients of all listeners, however many, in one loop. Resolves when
  * all listeners are closed and all clients are gone. When the signal aborts, it
  * closes the listeners, and each client as `Peer.close` does. An error ends
- * only its own client. One that half-closes is closed when its queue is sent.
+ * only its own client. One that ends its stream is closed when all is sent.
  * @throws {RangeError} If an option is a number that is not 0 or more.
  * @example A chat: each client hears what the others say.
  * ```ts
@@ -201,8 +201,8 @@ export async function serve(
   const { idleTimeout = Infinity, sendLimit = 2 ** 20, grace = 5000 } = options;
   const logger: Logger = options.logger ?? { error: console.error };
   refuseBelowZero({ idleTimeout, sendLimit, grace });
-  // To follow the loop, read this as a `Selector` that has one more method:
-  // `nextRound(start)` calls `start` a moment later (see "Fair turns").
+  // To follow the loop, read this as a `Selector` with two more methods, which
+  // call `start` a moment later: `nextRound` and `catchUp` (see "Fair turns").
   const selector = new FairSelector<Completion>();
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
@@ -337,7 +337,7 @@ export async function serve(
     if (count === buffer.length && count < LARGEST_BUFFER) {
       client.buffer = new Uint8Array(buffer.buffer.transfer(2 * count));
     }
-    const bytes = client.buffer.subarray(0, count ?? 0); // throws if detached
+    const bytes = client.buffer.subarray(0, count ?? 0); // fails if transferred
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
     totals.reads++;
@@ -391,9 +391,9 @@ export async function serve(
 
   function disconnect(client: Client, why: unknown, isError = false): void {
     clients.delete(client);
-    isError ||= client.outbox.length > 0 || client.replying; // which are lost
+    isError ||= client.outbox.length > 0 || client.replying; // it loses these
     client.state = "closed";
-    client.outbox = new Outbox(); // a program may keep the peer, so free these
+    client.outbox = new Outbox(); // free the queue, even if the peer is kept
     client.closed.resolve();
     // Without this, Deno 2.8 keeps a connection that has a pending read.
     client.conn.closeWrite().catch(() => {}); // it may be reset already
@@ -560,7 +560,7 @@ class Outbox {
     return this.#writing;
   }
 
-  /** Removes what has been written. Throws if its buffer has been detached. */
+  /** Removes what has been written. Throws if these bytes were transferred. */
   remove(count: number): void {
     const rest = this.#writing.subarray(count);
     this.#writing = rest.length > 0 ? rest : EMPTY;
@@ -568,8 +568,8 @@ class Outbox {
   }
 }
 
-// A pending read needs a buffer, even if the client is silent. So it is small at
-// first. A read that fills it makes it twice as large, for good, up to this.
+// A pending read needs a buffer, even if the client is silent, so buffers are
+// small at first. A read that fills its buffer doubles it, for good, up to this.
 const LARGEST_BUFFER = 64 * 1024;
 // An accept fails with one of these if the client has disconnected already.
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;

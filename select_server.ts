@@ -569,7 +569,7 @@ class Outbox {
 }
 
 // A pending read needs a buffer, even if the client is silent, so buffers are
-// small at first. A read that fills its buffer doubles it, for good, up to this.
+// small at first. A read that fills its buffer doubles it for good, up to this.
 const LARGEST_BUFFER = 64 * 1024;
 // An accept fails with one of these if the client has disconnected already.
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;

@@ -10,11 +10,11 @@
  * while a handler computes, every client waits, as there is one thread.
  *
  * JavaScript's event loop does the same if each client has an async function of
- * its own. A loop of your own shows how, and has its decisions in one place.
- * Here each client also has its turn, because reads start in *rounds*.
+ * its own. Here the loop is written out, with its decisions in one place. One
+ * of them makes it fairer: reads start in *rounds*, so that no client starves.
  *
  * For the idea, read the selector, the loop in `serve`, and `advance`. Then
- * read "Fair turns", and the rest when you need it. A program that copies this
+ * read "Fair rounds", and the rest when you need it. A program that copies this
  * file does not need "The command line".
  * @module
  */
@@ -24,10 +24,11 @@ import { setImmediate as nextTurn } from "node:timers/promises";
 /**
  * A selector does for promises what the system call `select` does for sockets.
  * The call tells which sockets are *ready* to be read from or written to. A
- * selector tells which operations are *complete*. Start an operation, and in
- * its `then` callback push a record of the result. `select` returns the
- * records. (Callbacks never interrupt code that is running.) This is a small
- * echo server, which assumes that nothing fails and that no write is partial.
+ * selector tells which operations are *complete*. An operation returns a
+ * promise of its result. `promise.then(f, g)` returns at once. Later, `f` is
+ * called with the result, or `g` with the error, but never in the middle of
+ * other code. Here `f` pushes a record, and `select` returns the records. This
+ * is a small echo server, which assumes that nothing fails or is partial.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -89,10 +90,10 @@ export type Reply = Uint8Array | string | null | void;
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
  * has no messages, so these bytes may be a part of a line, or many lines. The
- * next read overwrites them: copy what you keep, and transfer nothing. Before
- * the reply has been written, the client is not read from again, so leave the
- * reply unchanged until then. If the client disconnects while its reply is
- * being made, the server notices only afterwards, or at the `idleTimeout`.
+ * next read overwrites them, so copy what you keep, and transfer nothing (with
+ * `postMessage`). It starts when the reply has been written. Do not change the
+ * reply before that, as it is not copied. If a client disconnects while its
+ * reply is being made, this is noticed only afterwards, or at `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -108,7 +109,7 @@ export interface Peer {
   readonly closed: Promise<void>;
   /**
    * Sends bytes, which are copied, or a string as UTF-8, after what is queued
-   * already. Until all has been sent, no other read from the client is started.
+   * already. Until all has been sent, no new read from the client is started.
    * After `close`, `send` does nothing.
    * @throws {TypeError} If `data` is neither bytes nor a string.
    */
@@ -120,25 +121,25 @@ export interface Peer {
 /** How to {@linkcode serve}. Times are in milliseconds. */
 export interface ServeOptions {
   /**
-   * Called when a client connects. Returns its handler, so variables that are
-   * declared in a protocol belong to one client. By default an echo.
+   * Called once for each client, when it connects. Returns its handler, so the
+   * variables of this call belong to that client. By default an echo.
    */
   protocol?: (peer: Peer) => Handler;
   /**
-   * Disconnects a client after this time without progress. To read from it, to
-   * write to it, and to get a reply from its handler is progress. By default
-   * there is no limit.
+   * Disconnects a client after this time without a read, a write, or a reply
+   * of its handler. By default there is no limit: a silent client stays.
    */
   idleTimeout?: number;
   /**
-   * Disconnects a client if more bytes than this are queued when `send` is
-   * called, so set it above your largest reply or burst. By default 1 MiB.
+   * `send` disconnects a client if more bytes than this are queued for it
+   * already, replies included. Set it above your largest reply, and look at
+   * `bufferedAmount` before you send much. By default 1 MiB.
    */
   sendLimit?: number;
   /**
-   * Disconnects a client that is closing if it makes no progress for this time.
-   * This long after a stop, disconnects all. By default 5,000. (When the server
-   * has ended its stream, the client has 1,000 ms to end its own.)
+   * Disconnects a closing client after this time without progress, and every
+   * client this long after a stop. By default 5,000. (When the server has ended
+   * its own stream, the client has only 1,000 to end the other.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -146,7 +147,7 @@ export interface ServeOptions {
   /**
    * Where to log: lost bytes or replies are errors, clients that come and go
    * are info, reads are debug. By default errors go to the console, which
-   * blocks the whole server while its reader is slow.
+   * blocks the server while its reader is slow. (`printTo`, below, does not.)
    */
   logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
 }
@@ -155,10 +156,9 @@ export interface ServeOptions {
 export type Totals = { clients: number; reads: number; bytes: number };
 
 // ---- The server
-// This is the small server again, with what that one leaves out: partial writes
-// and a queue for each client, errors, time limits, and a stop. For example, a
-// read: `plan` plans it, a round starts it (`client.read`), its callback
-// pushes "received", the loop calls `received`, and `advance` plans the next.
+// This is the small server again, with queues, partial writes, errors, limits
+// and a stop. For example, a read: `plan` plans it, a round starts it, its
+// callback pushes "received", `received` handles it, `advance` plans the next.
 type Completion =
   | { type: "accepted"; listener: Deno.Listener; client: Client }
   | { type: "accept failed"; listener: Deno.Listener; error: unknown }
@@ -166,7 +166,6 @@ type Completion =
   | { type: "replied"; client: Client; data: Reply }
   | { type: "written"; client: Client; count: number }
   | { type: "failed"; client: Client; error: unknown }
-  | { type: "overflow"; client: Client }
   | { type: "tick"; time: number }
   | { type: "abort" };
 
@@ -174,7 +173,8 @@ type Completion =
  * Serves the clients of all listeners, however many, in one loop. Resolves when
  * all listeners are closed and all clients are gone. When the signal aborts, it
  * closes the listeners, and each client as `Peer.close` does. An error ends
- * only its own client. One that ends its stream is closed when all is sent.
+ * only its own client. A connection is two streams, one in each direction: a
+ * client that ends its own is closed when all that is queued for it is sent.
  * @throws {RangeError} If an option is a number that is not 0 or more.
  * @example A chat: each client hears what the others say.
  * ```ts
@@ -200,15 +200,20 @@ export async function serve(
   const { protocol = () => echo, signal } = options;
   const { idleTimeout = Infinity, sendLimit = 2 ** 20, grace = 5000 } = options;
   const logger: Logger = options.logger ?? { error: console.error };
-  refuseBelowZero({ idleTimeout, sendLimit, grace });
-  // To follow the loop, read this as a `Selector` with two more methods, which
-  // call `start` a moment later: `nextRound` and `catchUp` (see "Fair turns").
+  const limits = { idleTimeout, sendLimit, grace };
+  for (const [name, value] of Object.entries(limits)) {
+    if (value >= 0) continue;
+    throw new RangeError(`${name} is ${value}: expected 0 or more`);
+  }
+  // To follow the loop, read this as a `Selector` with two more methods: each,
+  // `nextRound` and `catchUp`, calls a function a moment later.
   const selector = new FairSelector<Completion>();
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
   const clients = new Set<Client>();
   const totals: Totals = { clients: 0, reads: 0, bytes: 0 };
   let stoppedAt = Infinity; // ms
+  let nextWarning = 0; // ms
   let tickTimer: ReturnType<typeof setTimeout> | undefined;
   const onAbort = () => push({ type: "abort" });
   signal?.addEventListener("abort", onAbort);
@@ -221,7 +226,7 @@ export async function serve(
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
       const client = "client" in completion ? completion.client : undefined;
-      if (client?.state === "closed") continue; // nothing matters now
+      if (client?.state === "closed") continue; // this was still under way
       try {
         switch (completion.type) {
           case "accepted": // a new client: wait for the next one, too
@@ -237,11 +242,8 @@ export async function serve(
           case "written": // perhaps only a part: the rest is written next
             written(completion.client, completion.count);
             break;
-          case "failed": // a reset, a broken pipe, a promise that rejects
+          case "failed": // a reset, a reply that rejects, too much queued
             disconnect(completion.client, completion.error);
-            break;
-          case "overflow": // more is sent to a client than it takes
-            disconnect(completion.client, "too much is queued", true);
             break;
           case "accept failed": // client gone, port closed, or no descriptors
             acceptFailed(completion.listener, completion.error);
@@ -257,7 +259,8 @@ export async function serve(
         }
       } catch (error) { // a handler that throws ends only its own client
         if (!client) throw error; // it belongs to no client
-        disconnect(client, error, true);
+        client.state = "failed";
+        disconnect(client, error);
       }
     }
   }
@@ -267,7 +270,8 @@ export async function serve(
   log("info", `served ${served} clients, ${reads} reads, ${bytes} bytes`);
   return totals;
 
-  // The steps, in the order of a client's life. These end with `advance`:
+  // The steps. (Functions that are declared after a return exist before it.)
+  // Those of this table end with `advance`:
   //
   //     complete          step      what comes next
   //     accepted          welcome   plan a read
@@ -276,6 +280,7 @@ export async function serve(
   //     replied           replied   write the reply at once
   //     written 2 bytes   written   a partial write: plan to write the rest
   //     written 2 bytes   written   the queue is empty: plan a read
+  //     abort             close     end the server's stream, plan a read
   //     received null     received  the client's end: disconnect
   function accept(listener: Deno.Listener): void {
     listener.accept().then((conn) => {
@@ -284,16 +289,15 @@ export async function serve(
   }
 
   function welcome(client: Client): void {
-    const { conn } = client;
-    const { remoteAddr, localAddr } = conn;
+    const { remoteAddr, localAddr } = client.conn;
     clients.add(client);
     client.name = `client ${++totals.clients} (${formatAddress(remoteAddr)})`;
     log("info", `${client.name} connected`);
     try {
       // Send small replies at once, without Nagle's delay (RFC 896), and notice
       // a client whose machine has vanished (RFC 1122, 4.2.3.6).
-      if ("setNoDelay" in conn) conn.setNoDelay();
-      if ("setKeepAlive" in conn) conn.setKeepAlive();
+      if ("setNoDelay" in client.conn) client.conn.setNoDelay();
+      if ("setKeepAlive" in client.conn) client.conn.setKeepAlive();
     } catch { /* the client has reset already: its first read says so */ }
     setLimit(client, idleTimeout);
     client.handle = protocol({
@@ -312,7 +316,7 @@ export async function serve(
 
   /** Decides what comes next for a client. Reads are planned only here. */
   function advance(client: Client): void {
-    if (client.state === "overflowed") return; // it is disconnected next
+    if (client.state === "failed") return; // it is disconnected next
     client.startClock(); // see "Time"
     // No read is planned while bytes are queued, so a client that does not read
     // cannot make the server keep more and more of them (back-pressure).
@@ -320,7 +324,7 @@ export async function serve(
     else if (client.peerEnded) disconnect(client, "end of stream");
     else if (!client.replying) {
       if (client.state === "closing") endStream(client);
-      plan(client, "reading"); // when lingering, too: to the client's end
+      plan(client, "reading"); // also after `endStream`, to the client's end
     }
   }
 
@@ -334,10 +338,11 @@ export async function serve(
   function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
     client.reading = false;
+    // The read has filled its buffer: make it larger, with the bytes in it.
     if (count === buffer.length && count < LARGEST_BUFFER) {
       client.buffer = new Uint8Array(buffer.buffer.transfer(2 * count));
     }
-    const bytes = client.buffer.subarray(0, count ?? 0); // fails if transferred
+    const bytes = client.buffer.subarray(0, count ?? 0); // transferred? throws
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
     totals.reads++;
@@ -379,9 +384,9 @@ export async function serve(
   }
 
   /**
-   * Ends the server's stream. The client's is read to its end, unanswered, for
-   * a second at most: a close with bytes unread would reset the connection, and
-   * a reply that is still on its way would be lost (RFC 1122, 4.2.2.13).
+   * Ends the server's stream. The client's is still read, unanswered, until it
+   * ends, or for a second. A close with bytes unread would reset the connection
+   * and lose a reply that is still on its way (RFC 1122, 4.2.2.13).
    */
   function endStream(client: Client): void {
     setLimit(client, 1000);
@@ -389,16 +394,17 @@ export async function serve(
     client.conn.closeWrite().catch(client.onFailed);
   }
 
-  function disconnect(client: Client, why: unknown, isError = false): void {
+  function disconnect(client: Client, why: unknown): void {
     clients.delete(client);
-    isError ||= client.outbox.length > 0 || client.replying; // it loses these
+    const loses = client.outbox.length > 0 || client.replying;
+    const level = loses || client.state === "failed" ? "error" : "info";
     client.state = "closed";
     client.outbox = new Outbox(); // free the queue, even if the peer is kept
     client.closed.resolve();
-    // Without this, Deno 2.8 keeps a connection that has a pending read.
+    // Without this, Deno 2.8 does not close a connection with a pending read.
     client.conn.closeWrite().catch(() => {}); // it may be reset already
     client.conn[Symbol.dispose](); // unlike close, it never throws
-    log(isError ? "error" : "info", `${client.name} disconnected:`, why);
+    log(level, `${client.name} disconnected:`, why);
   }
 
   // ---- Sending at any time
@@ -407,15 +413,15 @@ export async function serve(
     if (state !== "open") return;
     const bytes = bytesOf(data);
     if (outbox.length > sendLimit) {
-      client.state = "overflowed";
-      return push({ type: "overflow", client });
+      client.state = "failed";
+      return client.onFailed("too much is queued"); // the loop ends it
     }
     outbox.add(bytes);
     if (outbox.length > 0) plan(client, "writing");
   }
 
   // ---- Time
-  // A client's clock starts again when an operation of it starts or completes.
+  // A client's clock starts again when one of its operations starts or ends.
   function setLimit(client: Client, ms: number): void {
     client.limit = ms;
     client.startClock();
@@ -425,14 +431,13 @@ export async function serve(
   /** Schedules a tick in 100 ms, unless one is scheduled already. */
   function startTick(): void {
     tickTimer ??= setTimeout(() => {
-      // A busy server may not have seen all that has arrived. So it first
-      // handles that, starts what is planned, and then asks who is late.
+      // A client whose bytes have arrived by now is not late. To see them, the
+      // server first handles all that is ready, which starts clocks again.
       const time = performance.now();
       selector.catchUp(() => push({ type: "tick", time }));
     }, 100);
   }
 
-  /** Disconnects the clients whose limit has passed. */
   function tick(time: number): void {
     tickTimer = undefined;
     for (const client of clients) {
@@ -441,7 +446,7 @@ export async function serve(
         disconnect(client, `timed out after ${waited} ms`);
       } else if (time >= stoppedAt + grace) {
         disconnect(client, "the grace time is over");
-      } else if (client.limit < Infinity) startTick();
+      } else if (client.limit < Infinity) startTick(); // look at it again
     }
   }
 
@@ -452,7 +457,10 @@ export async function serve(
     } else if (CLIENT_GONE.some((kind) => error instanceof kind)) {
       selector.nextRound(() => accept(listener)); // after the other clients
     } else { // most likely there are no file descriptors left
-      log("error", "accepting pauses for a second:", error);
+      if (performance.now() >= nextWarning) { // once a second at most
+        nextWarning = performance.now() + 1000;
+        log("error", "accepting pauses for a second:", error);
+      }
       setTimeout(() => accept(listener), 1000); // a stop may wait for this
     }
   }
@@ -466,8 +474,8 @@ export async function serve(
 
   async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
-      const isShort = level !== "error" || typeof why === "string";
-      const shown = isShort ? String(why) : Deno.inspect(why); // with its stack
+      const isText = level !== "error" || typeof why === "string";
+      const shown = isText ? String(why) : Deno.inspect(why); // with its stack
       // An error may quote what a client has sent: keep it on one line.
       const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
       await logger[level]?.(line.trim());
@@ -489,8 +497,8 @@ class Client {
 
   // Open: what it sends is answered. Closing: its queue is still sent, but
   // nothing more is answered. Lingering: the server has ended its own stream,
-  // and reads the client's to its end. Overflowed: too much has been queued.
-  state: "open" | "closing" | "lingering" | "overflowed" | "closed" = "open";
+  // and reads the client's to its end. Failed: it is disconnected next.
+  state: "open" | "closing" | "lingering" | "failed" | "closed" = "open";
   // When its clock has started, and its limit, in ms (see "Time").
   waitingSince = 0;
   limit = Infinity;
@@ -500,8 +508,7 @@ class Client {
     readonly push: (completion: Completion) => void,
   ) {}
 
-  // `then(f, g)` calls f with the result, or g with the error. These are arrow
-  // functions, which keep `this`, and made once, as new ones would cost time.
+  // Arrow functions keep `this`. To make new ones each time would cost time.
   read = () => {
     this.startClock();
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
@@ -575,23 +582,22 @@ const LARGEST_BUFFER = 64 * 1024;
 const { NotConnected, ConnectionAborted, ConnectionReset } = Deno.errors;
 const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
 
-// ---- Fair turns
+// ---- Fair rounds
 /**
- * A selector that gives every client its turn. With the plain selector, most of
- * a thousand clients that ask again as soon as they are answered would wait for
- * seconds. In one turn of its event loop, Deno's runtime (tokio) completes at
- * most 128 operations. It postpones the others, and begins the next turn with
- * those that became ready later: the clients that have just been answered.
- * So operations are planned, and started in *rounds*. A round begins when all
+ * A selector with which no client starves. In one turn of its event loop, the
+ * runtime (tokio) completes at most 128 operations. It postpones the rest, and
+ * begins the next turn with newer ones, of clients that were answered just now.
+ * So with the plain selector, many of a thousand busy clients wait for seconds.
+ * Here operations are planned, and started in *rounds*. A round begins when all
  * that was ready has been handed out. The aim is that no client is read from
  * twice before every client that is ready has been read from once. For example,
- * 200 clients ask at the same time:
+ * 180 clients ask at the same time:
  *
  *     turns  what happens
- *       1    128 reads are complete: start as many writes, their replies
- *       1    these writes are complete: 128 reads are planned
- *      64    those are many, so wait: meanwhile the other 72 are served
- *       4    a round begins: 60, 60, 60 and 20 reads are started
+ *       1    128 reads complete: their replies are written
+ *       1    these 128 writes complete: the next reads are planned
+ *      64    128 are many, so wait: the other 52 clients are served
+ *       3    a round begins: 60, 60 and 60 reads start
  *
  * @example
  * ```ts
@@ -640,26 +646,27 @@ export class FairSelector<T> extends Selector<T> {
 
   /** If many are planned, others may have been postponed: waits for these. */
   async #waitForPostponed(): Promise<void> {
-    let isMany = this.#planned.length > MANY;
-    // If that brings many, too, wait again. (New clients may go on coming.)
+    let count = this.#planned.length;
+    // If a wait brings many completions, wait again, but not for ever.
     for (let waits = 0; waits < MOST_WAITS; waits++) {
-      if (!isMany && !this.#mustCatchUp) return;
+      if (count <= MANY && !this.#mustCatchUp) return;
       this.#mustCatchUp = false;
       this.#completions = 0;
       for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
-      isMany = this.#completions > MANY;
+      count = this.#completions;
     }
   }
 }
 
-// These follow from tokio's rules. (With another runtime, fairness may suffer,
-// but no bytes are lost.) In one turn, BATCH reads start, and as many writes
-// answer earlier reads: MANY operations, which leaves room for a few more.
-// Tokio takes up what it has postponed within 61 turns (its `event_interval`).
+// These follow from tokio's rules. (If it changes, fairness may suffer, but no
+// bytes are lost.) In a turn, 60 reads start, and 60 writes answer those of the
+// turn before: 120 operations, fewer than 128. If more than 120 are planned,
+// some turn may have been full, and something postponed.
 const BATCH = 60;
 const MANY = 2 * BATCH;
-const CATCH_UP = 64;
-const MOST_WAITS = 32; // each brings up to 128 of the clients that wait
+// Tokio takes up what it has postponed within 61 turns (its `event_interval`).
+const CATCH_UP = 64; // less than 1 ms, if nothing else happens
+const MOST_WAITS = 32; // each serves up to 128 clients: 4,096 in all
 
 // ---- Helpers
 function bytesOf(data: Uint8Array | string): Uint8Array {
@@ -679,13 +686,6 @@ const encoder = new TextEncoder();
 const echo = (bytes: Uint8Array): Uint8Array => bytes; // RFC 862
 
 type Logger = NonNullable<ServeOptions["logger"]>;
-
-function refuseBelowZero(options: Record<string, number>): void {
-  for (const [name, value] of Object.entries(options)) {
-    if (value >= 0) continue;
-    throw new RangeError(`${name} is ${value}: expected 0 or more`);
-  }
-}
 
 // ---- The command line
 const HELP = `\
@@ -734,7 +734,7 @@ async function main(): Promise<void> {
   await Promise.race([Promise.allSettled([out.ready, err.ready]), late]);
 }
 
-// Its package is loaded only here, so without arguments none is needed.
+// The parser's package is loaded only if there are arguments.
 async function parse() {
   // deno-lint-ignore no-import-prefix -- a copy of this file has no deno.json
   const { parseArgs } = await import("jsr:@std/cli@^1/parse-args");
@@ -756,7 +756,7 @@ function refuse(what: unknown, expected = "an option of --help"): never {
 // a terminal is paused with Ctrl-S, or nobody reads its pipe.
 const printTo =
   (writer: WritableStreamDefaultWriter<Uint8Array>) => (line: string): void => {
-    if ((writer.desiredSize ?? 0) < -10_000) return; // 10,000 lines wait
+    if ((writer.desiredSize ?? 0) < -10_000) return; // drop it: many wait
     writer.write(encoder.encode(`${line}\n`)).catch(() => {}); // nobody reads
   };
 

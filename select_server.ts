@@ -316,7 +316,6 @@ export async function serve(
 
   /** Decides what comes next for a client. Reads are planned only here. */
   function advance(client: Client): void {
-    if (client.state === "failed") return; // it is disconnected next
     client.startClock(); // see "Time"
     // No read is planned while bytes are queued, so a client that does not read
     // cannot make the server keep more and more of them (back-pressure).

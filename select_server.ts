@@ -25,10 +25,10 @@ import { setImmediate as nextTurn } from "node:timers/promises";
  * A selector does for promises what the system call `select` does for sockets.
  * The call tells which sockets are *ready* to be read from or written to. A
  * selector tells which operations are *complete*. An operation returns a
- * promise of its result. `promise.then(f, g)` returns at once. Later, `f` is
- * called with the result, or `g` with the error, but never in the middle of
- * other code. Here `f` pushes a record, and `select` returns the records. This
- * is a small echo server, which assumes that nothing fails or is partial.
+ * promise of its result, and `promise.then(f, g)` returns at once. Later, but
+ * never in the middle of other code, `f` is called with the result, or `g` with
+ * the error. Here `f` pushes a record, and `select` returns the records to the
+ * loop, its only caller. (This small server assumes that nothing fails.)
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -341,7 +341,8 @@ export async function serve(
     if (count === buffer.length && count < LARGEST_BUFFER) {
       client.buffer = new Uint8Array(buffer.buffer.transfer(2 * count));
     }
-    const bytes = client.buffer.subarray(0, count ?? 0); // transferred? throws
+    // This throws if the handler has transferred the buffer.
+    const bytes = client.buffer.subarray(0, count ?? 0);
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
     totals.reads++;
@@ -503,7 +504,7 @@ class Client {
   limit = Infinity;
 
   constructor(
-    readonly conn: Deno.Conn | Deno.TcpConn,
+    readonly conn: Deno.Conn | Deno.TcpConn, // setNoDelay is TCP's
     readonly push: (completion: Completion) => void,
   ) {}
 
@@ -703,10 +704,10 @@ Ctrl-C sends what is queued, then stops the server, within about 5 s.`;
 async function main(): Promise<void> {
   const args = Deno.args.length > 0 ? await parse() : undefined;
   if (args?.help) return console.log(HELP);
-  const { host: hostname = "127.0.0.1", port = "50007" } = args ?? {};
+  const { host: hostname = "127.0.0.1", port: text = "50007" } = args ?? {};
   if (hostname === "") refuse("--host", "an address");
-  const first = /^\d+$/.test(port) ? Number(port) : NaN;
-  if (!(first < 65535)) refuse(`--port ${port}`, "a whole number below 65535");
+  const first = /^\d+$/.test(text) ? Number(text) : NaN;
+  if (!(first < 65535)) refuse(`--port ${text}`, "a whole number below 65535");
   const listeners = [first, first === 0 ? 0 : first + 1].map((port) => {
     try {
       // With the default backlog, 511, some of a thousand clients must retry.
@@ -728,7 +729,7 @@ async function main(): Promise<void> {
   if (!args?.quiet) logger.info = printTo(out);
   if (args?.verbose && !args.quiet) logger.debug = printTo(out);
   await serve(listeners, { signal: stopper.signal, logger });
-  // Wait at most 500 ms for the last lines to be written.
+  // `ready` resolves when the last lines are written. Wait at most 500 ms.
   const late = new Promise((resolve) => setTimeout(resolve, 500));
   await Promise.race([Promise.allSettled([out.ready, err.ready]), late]);
 }

@@ -10,12 +10,12 @@
  * while a handler computes, every client waits, as there is one thread.
  *
  * JavaScript's event loop does the same if each client has an async function of
- * its own. Here the loop is written out, with its decisions in one place. One
- * of them makes it fairer: reads start in *rounds*, so that no client starves.
+ * its own. Here the loop is written out, and what to do next is decided in one
+ * place. It is fairer, too: reads start in *rounds*, so that no client starves.
  *
  * For the idea, read the selector, the loop in `serve`, and `advance`. Then
  * read "Fair rounds", and the rest when you need it. A program that copies this
- * file does not need "The command line".
+ * file needs nothing of "The command line", except perhaps `printTo`.
  * @module
  */
 import { setImmediate as nextTurn } from "node:timers/promises";
@@ -28,7 +28,7 @@ import { setImmediate as nextTurn } from "node:timers/promises";
  * promise of its result, and `promise.then(f, g)` returns at once. Later, but
  * never in the middle of other code, `f` is called with the result, or `g` with
  * the error. Here `f` pushes a record, and `select` returns the records to the
- * loop, its only caller. (This small server assumes that nothing fails.)
+ * loop, its only caller. This server assumes that nothing fails or is partial.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -68,7 +68,7 @@ export class Selector<T> {
   /** Adds a record of an operation that is complete. */
   push(completion: T): void {
     this.#completed.push(completion);
-    this.#wake(); // has no effect unless `select` is waiting
+    this.#wake(); // ends the wait of `select`, if it waits
   }
 
   /** Waits until something is complete, and returns all that is, in order. */
@@ -89,11 +89,11 @@ export type Reply = Uint8Array | string | null | void;
 
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
- * has no messages, so these bytes may be a part of a line, or many lines. The
- * next read overwrites them, so copy what you keep, and transfer nothing (with
- * `postMessage`). It starts when the reply has been written. Do not change the
- * reply before that, as it is not copied. If a client disconnects while its
- * reply is being made, this is noticed only afterwards, or at `idleTimeout`.
+ * has no messages, so these bytes may be a part of a line, or many lines. When
+ * the reply has been written, the next read overwrites them: copy what you
+ * keep, and do not transfer them (as `postMessage` can). Until then, leave the
+ * reply unchanged, as it is not copied. A client that disconnects while its
+ * reply is being made is noticed only afterwards, or at the `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -127,19 +127,19 @@ export interface ServeOptions {
   protocol?: (peer: Peer) => Handler;
   /**
    * Disconnects a client after this time without a read, a write, or a reply
-   * of its handler. By default there is no limit: a silent client stays.
+   * from its handler. By default there is no limit: a silent client stays.
    */
   idleTimeout?: number;
   /**
    * `send` disconnects a client if more bytes than this are queued for it
-   * already, replies included. Set it above your largest reply, and look at
-   * `bufferedAmount` before you send much. By default 1 MiB.
+   * already. A reply is queued until it is written, so set this above your
+   * largest. Before you send much, see `bufferedAmount`. By default 1 MiB.
    */
   sendLimit?: number;
   /**
    * Disconnects a closing client after this time without progress, and every
    * client this long after a stop. By default 5,000. (When the server has ended
-   * its own stream, the client has only 1,000 to end the other.)
+   * its own stream, the client always has 1,000 to end its own.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -147,7 +147,7 @@ export interface ServeOptions {
   /**
    * Where to log: lost bytes or replies are errors, clients that come and go
    * are info, reads are debug. By default errors go to the console, which
-   * blocks the server while its reader is slow. (`printTo`, below, does not.)
+   * blocks the server while nobody reads it. (`printTo`, at the end, does not.)
    */
   logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
 }
@@ -205,8 +205,8 @@ export async function serve(
     if (value >= 0) continue;
     throw new RangeError(`${name} is ${value}: expected 0 or more`);
   }
-  // To follow the loop, read this as a `Selector` with two more methods: each,
-  // `nextRound` and `catchUp`, calls a function a moment later.
+  // For now, read this as a `Selector`. Its other two methods, `nextRound(f)`
+  // and `catchUp(f)`, call `f` a moment later.
   const selector = new FairSelector<Completion>();
   const push = (completion: Completion) => selector.push(completion);
   const listening = new Set(listeners);
@@ -270,17 +270,17 @@ export async function serve(
   log("info", `served ${served} clients, ${reads} reads, ${bytes} bytes`);
   return totals;
 
-  // The steps. (Functions that are declared after a return exist before it.)
-  // Those of this table end with `advance`:
+  // The steps. (Function declarations are hoisted: the loop can call them.) In
+  // this example, a client takes a reply in two parts. Each ends with
+  // `advance`:
   //
   //     complete          step      what comes next
   //     accepted          welcome   plan a read
-  //     received 4 bytes  received  call the handler, and `replied`, unless it
-  //                                 has returned a promise
+  //     received 4 bytes  received  call the handler. If it has returned a
+  //                                 promise, wait for "replied"
   //     replied           replied   write the reply at once
   //     written 2 bytes   written   a partial write: plan to write the rest
   //     written 2 bytes   written   the queue is empty: plan a read
-  //     abort             close     end the server's stream, plan a read
   //     received null     received  the client's end: disconnect
   function accept(listener: Deno.Listener): void {
     listener.accept().then((conn) => {
@@ -323,7 +323,7 @@ export async function serve(
     else if (client.peerEnded) disconnect(client, "end of stream");
     else if (!client.replying) {
       if (client.state === "closing") endStream(client);
-      plan(client, "reading"); // also after `endStream`, to the client's end
+      plan(client, "reading"); // also after `endStream`, until null comes
     }
   }
 
@@ -337,11 +337,11 @@ export async function serve(
   function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
     client.reading = false;
-    // The read has filled its buffer: make it larger, with the bytes in it.
+    // The read has filled its buffer: make it larger, and keep its bytes.
     if (count === buffer.length && count < LARGEST_BUFFER) {
       client.buffer = new Uint8Array(buffer.buffer.transfer(2 * count));
     }
-    // This throws if the handler has transferred the buffer.
+    // This throws if the handler of the last read has transferred the buffer.
     const bytes = client.buffer.subarray(0, count ?? 0);
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
@@ -352,7 +352,7 @@ export async function serve(
     const result = handle(bytes);
     if (typeof result === "object" && result !== null && "then" in result) {
       Promise.resolve(result).then(client.onReplied, client.onFailed);
-      advance(client);
+      advance(client); // its clock starts again
     } else replied(client, result);
   }
 
@@ -414,7 +414,7 @@ export async function serve(
     const bytes = bytesOf(data);
     if (outbox.length > sendLimit) {
       client.state = "failed";
-      return client.onFailed("too much is queued"); // the loop ends it
+      return client.onFailed("too much is queued"); // to the loop
     }
     outbox.add(bytes);
     if (outbox.length > 0) plan(client, "writing");
@@ -474,8 +474,8 @@ export async function serve(
 
   async function log(level: keyof Logger, text: string, why: unknown = "") {
     try {
-      const isText = level !== "error" || typeof why === "string";
-      const shown = isText ? String(why) : Deno.inspect(why); // with its stack
+      const hasStack = level === "error" && typeof why !== "string";
+      const shown = hasStack ? Deno.inspect(why) : String(why);
       // An error may quote what a client has sent: keep it on one line.
       const line = `${text} ${shown}`.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ");
       await logger[level]?.(line.trim());
@@ -497,7 +497,7 @@ class Client {
 
   // Open: what it sends is answered. Closing: its queue is still sent, but
   // nothing more is answered. Lingering: the server has ended its own stream,
-  // and reads the client's to its end. Failed: it is disconnected next.
+  // and reads the client's to its end. Failed: disconnected next. Closed: gone.
   state: "open" | "closing" | "lingering" | "failed" | "closed" = "open";
   // When its clock has started, and its limit, in ms (see "Time").
   waitingSince = 0;
@@ -508,7 +508,7 @@ class Client {
     readonly push: (completion: Completion) => void,
   ) {}
 
-  // Arrow functions keep `this`. To make new ones each time would cost time.
+  // Arrow functions keep `this`. Making new ones each time would cost time.
   read = () => {
     this.startClock();
     this.conn.read(this.buffer).then(this.onReceived, this.onFailed);
@@ -591,7 +591,7 @@ const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
  * Here operations are planned, and started in *rounds*. A round begins when all
  * that was ready has been handed out. The aim is that no client is read from
  * twice before every client that is ready has been read from once. For example,
- * 180 clients ask at the same time:
+ * 180 clients, whose reads are pending, ask at the same time:
  *
  *     turns  what happens
  *       1    128 reads complete: their replies are written
@@ -613,7 +613,7 @@ export class FairSelector<T> extends Selector<T> {
   #mustCatchUp = false;
   #completions = 0; // since the last wait began
 
-  /** Adds a record, as every selector, and counts it. */
+  /** Adds a record, as every selector does, and counts it. */
   override push(completion: T): void {
     this.#completions++;
     super.push(completion);
@@ -625,7 +625,7 @@ export class FairSelector<T> extends Selector<T> {
     if (!this.#isRunning) this.#startRounds();
   }
 
-  /** As `nextRound`, but first all that is ready by now is handed out. */
+  /** Like `nextRound`, but first all that is ready by now is handed out. */
   catchUp(start: () => void): void {
     this.#mustCatchUp = true;
     this.nextRound(start);
@@ -634,7 +634,7 @@ export class FairSelector<T> extends Selector<T> {
   async #startRounds(): Promise<void> {
     this.#isRunning = true;
     while (this.#planned.length > 0) {
-      await nextTurn(); // by then, the loop has handled all that is complete
+      await nextTurn(); // by then, the loop has handled what is complete
       await this.#waitForPostponed();
       for (const [n, start] of this.#planned.splice(0).entries()) {
         if (n > 0 && n % BATCH === 0) await nextTurn();
@@ -646,27 +646,27 @@ export class FairSelector<T> extends Selector<T> {
 
   /** If many are planned, others may have been postponed: waits for these. */
   async #waitForPostponed(): Promise<void> {
-    let count = this.#planned.length;
-    // If a wait brings many completions, wait again, but not for ever.
+    let operations = this.#planned.length;
+    // If a wait completes many operations, wait again, but not for ever.
     for (let waits = 0; waits < MOST_WAITS; waits++) {
-      if (count <= MANY && !this.#mustCatchUp) return;
+      if (operations <= MANY && !this.#mustCatchUp) return;
       this.#mustCatchUp = false;
       this.#completions = 0;
       for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
-      count = this.#completions;
+      operations = this.#completions;
     }
   }
 }
 
 // These follow from tokio's rules. (If it changes, fairness may suffer, but no
 // bytes are lost.) In a turn, 60 reads start, and 60 writes answer those of the
-// turn before: 120 operations, fewer than 128. If more than 120 are planned,
-// some turn may have been full, and something postponed.
+// turn before: 120 operations of 128. With more, some may have been postponed.
 const BATCH = 60;
 const MANY = 2 * BATCH;
-// Tokio takes up what it has postponed within 61 turns (its `event_interval`).
-const CATCH_UP = 64; // less than 1 ms, if nothing else happens
-const MOST_WAITS = 32; // each serves up to 128 clients: 4,096 in all
+// Tokio takes up what it has postponed once in 61 turns (its `event_interval`),
+// and then 128 operations. So a wait serves 128 clients, and 32 serve 4,096.
+const CATCH_UP = 64; // turns: less than 1 ms, if nothing else happens
+const MOST_WAITS = 32;
 
 // ---- Helpers
 function bytesOf(data: Uint8Array | string): Uint8Array {
@@ -756,7 +756,7 @@ function refuse(what: unknown, expected = "an option of --help"): never {
 // a terminal is paused with Ctrl-S, or nobody reads its pipe.
 const printTo =
   (writer: WritableStreamDefaultWriter<Uint8Array>) => (line: string): void => {
-    if ((writer.desiredSize ?? 0) < -10_000) return; // drop it: many wait
+    if ((writer.desiredSize ?? 0) < -10_000) return; // drop it: 10,000 wait
     writer.write(encoder.encode(`${line}\n`)).catch(() => {}); // nobody reads
   };
 

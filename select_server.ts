@@ -68,7 +68,7 @@ export class Selector<T> {
   /** Adds a record of an operation that is complete. */
   push(completion: T): void {
     this.#completed.push(completion);
-    this.#wake(); // ends the wait of `select`, if it waits
+    this.#wake(); // ends the wait of `select`, if there is one
   }
 
   /** Waits until something is complete, and returns all that is, in order. */
@@ -132,14 +132,14 @@ export interface ServeOptions {
   idleTimeout?: number;
   /**
    * `send` disconnects a client if more bytes than this are queued for it
-   * already. A reply is queued until it is written, so set this above your
-   * largest. Before you send much, see `bufferedAmount`. By default 1 MiB.
+   * already. A reply is queued until it is written: set this above your largest
+   * reply. Before you send much, check `bufferedAmount`. By default 1 MiB.
    */
   sendLimit?: number;
   /**
    * Disconnects a closing client after this time without progress, and every
    * client this long after a stop. By default 5,000. (When the server has ended
-   * its own stream, the client always has 1,000 to end its own.)
+   * its own stream, the client has at most 1,000 to end its own.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -226,7 +226,7 @@ export async function serve(
   while (listening.size > 0 || clients.size > 0) {
     for (const completion of await selector.select()) {
       const client = "client" in completion ? completion.client : undefined;
-      if (client?.state === "closed") continue; // this was still under way
+      if (client?.state === "closed") continue; // it is gone
       try {
         switch (completion.type) {
           case "accepted": // a new client: wait for the next one, too
@@ -270,9 +270,8 @@ export async function serve(
   log("info", `served ${served} clients, ${reads} reads, ${bytes} bytes`);
   return totals;
 
-  // The steps. (Function declarations are hoisted: the loop can call them.) In
-  // this example, a client takes a reply in two parts. Each ends with
-  // `advance`:
+  // The steps. (Function declarations are hoisted: the loop can call them.)
+  // Each step here ends with `advance`. The client takes a reply in two parts:
   //
   //     complete          step      what comes next
   //     accepted          welcome   plan a read
@@ -352,7 +351,7 @@ export async function serve(
     const result = handle(bytes);
     if (typeof result === "object" && result !== null && "then" in result) {
       Promise.resolve(result).then(client.onReplied, client.onFailed);
-      advance(client); // its clock starts again
+      client.startClock();
     } else replied(client, result);
   }
 
@@ -384,9 +383,9 @@ export async function serve(
   }
 
   /**
-   * Ends the server's stream. The client's is still read, unanswered, until it
-   * ends, or for a second. A close with bytes unread would reset the connection
-   * and lose a reply that is still on its way (RFC 1122, 4.2.2.13).
+   * Ends the server's stream. The client's is read, unanswered, until it ends,
+   * or for a second at most. A close with bytes unread would reset the
+   * connection, and lose a reply that is still on its way (RFC 1122, 4.2.2.13).
    */
   function endStream(client: Client): void {
     setLimit(client, 1000);
@@ -413,8 +412,8 @@ export async function serve(
     if (state !== "open") return;
     const bytes = bytesOf(data);
     if (outbox.length > sendLimit) {
-      client.state = "failed";
-      return client.onFailed("too much is queued"); // to the loop
+      client.state = "failed"; // the loop disconnects it
+      return client.onFailed("too much is queued");
     }
     outbox.add(bytes);
     if (outbox.length > 0) plan(client, "writing");
@@ -588,10 +587,10 @@ const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
  * runtime (tokio) completes at most 128 operations. It postpones the rest, and
  * begins the next turn with newer ones, of clients that were answered just now.
  * So with the plain selector, many of a thousand busy clients wait for seconds.
- * Here operations are planned, and started in *rounds*. A round begins when all
- * that was ready has been handed out. The aim is that no client is read from
- * twice before every client that is ready has been read from once. For example,
- * 180 clients, whose reads are pending, ask at the same time:
+ * Here operations are planned, and started in *rounds*. A round begins when
+ * `select` has returned all that was ready. The aim is that no client is read
+ * from twice before every client that is ready has been read from once. For
+ * example, 180 clients, each with a pending read, ask at the same time:
  *
  *     turns  what happens
  *       1    128 reads complete: their replies are written
@@ -631,6 +630,7 @@ export class FairSelector<T> extends Selector<T> {
     this.nextRound(start);
   }
 
+  /** Decides only when operations start: the loop decides which. */
   async #startRounds(): Promise<void> {
     this.#isRunning = true;
     while (this.#planned.length > 0) {
@@ -646,14 +646,13 @@ export class FairSelector<T> extends Selector<T> {
 
   /** If many are planned, others may have been postponed: waits for these. */
   async #waitForPostponed(): Promise<void> {
-    let operations = this.#planned.length;
-    // If a wait completes many operations, wait again, but not for ever.
+    let isMany = this.#planned.length > MANY;
     for (let waits = 0; waits < MOST_WAITS; waits++) {
-      if (operations <= MANY && !this.#mustCatchUp) return;
+      if (!isMany && !this.#mustCatchUp) return;
       this.#mustCatchUp = false;
       this.#completions = 0;
       for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
-      operations = this.#completions;
+      isMany = this.#completions > MANY; // then wait again, but not for ever
     }
   }
 }
@@ -663,8 +662,8 @@ export class FairSelector<T> extends Selector<T> {
 // turn before: 120 operations of 128. With more, some may have been postponed.
 const BATCH = 60;
 const MANY = 2 * BATCH;
-// Tokio takes up what it has postponed once in 61 turns (its `event_interval`),
-// and then 128 operations. So a wait serves 128 clients, and 32 serve 4,096.
+// Once in 61 turns (its `event_interval`), tokio takes up 128 of the operations
+// that it has postponed. So a wait serves 128 clients, and 32 serve 4,096.
 const CATCH_UP = 64; // turns: less than 1 ms, if nothing else happens
 const MOST_WAITS = 32;
 
@@ -748,7 +747,7 @@ async function parse() {
   return args;
 }
 
-function refuse(what: unknown, expected = "an option of --help"): never {
+function refuse(what: unknown, expected = "an option, see --help"): never {
   throw new RangeError(`${what}: expected ${expected}`);
 }
 

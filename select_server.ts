@@ -18,6 +18,7 @@
  * file needs nothing of "The command line", except perhaps `printTo`.
  * @module
  */
+// Resolves in the next turn of the event loop.
 import { setImmediate as nextTurn } from "node:timers/promises";
 
 // ---- The selector

@@ -11,14 +11,14 @@
  *
  * JavaScript's event loop does the same if each client has an async function of
  * its own. Here the loop is written out, and what to do next is decided in one
- * place. It is fairer, too: reads start in *rounds*, so that no client starves.
+ * place. This loop is fairer, too: reads start in *rounds*, so nobody starves.
  *
  * For the idea, read the selector, the loop in `serve`, and `advance`. Then
  * read "Fair rounds", and the rest when you need it. A program that copies this
  * file needs nothing of "The command line", except perhaps `printTo`.
  * @module
  */
-// Resolves in the next turn of the event loop.
+// `await nextTurn()` waits for the next turn of the event loop.
 import { setImmediate as nextTurn } from "node:timers/promises";
 
 // ---- The selector
@@ -29,7 +29,7 @@ import { setImmediate as nextTurn } from "node:timers/promises";
  * promise of its result, and `promise.then(f, g)` returns at once. Later, but
  * never in the middle of other code, `f` is called with the result, or `g` with
  * the error. Here `f` pushes a record, and `select` returns the records to the
- * loop, its only caller. This server assumes that nothing fails or is partial.
+ * loop, its only caller. The server below ignores errors and partial writes.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -90,11 +90,11 @@ export type Reply = Uint8Array | string | null | void;
 
 /**
  * Receives the bytes of one read, and returns the reply or a promise of it. TCP
- * has no messages, so these bytes may be a part of a line, or many lines. When
- * the reply has been written, the next read overwrites them: copy what you
- * keep, and do not transfer them (as `postMessage` can). Until then, leave the
- * reply unchanged, as it is not copied. A client that disconnects while its
- * reply is being made is noticed only afterwards, or at the `idleTimeout`.
+ * has no messages, so these bytes may be a part of a line, or many lines. The
+ * reply is not copied: leave it unchanged until it has been written. Then the
+ * next read overwrites the bytes: copy what you keep, and do not transfer them
+ * (as `postMessage` can). A client that disconnects while its reply is being
+ * made is noticed only afterwards, or at the `idleTimeout`.
  */
 export type Handler = (bytes: Uint8Array) => Reply | PromiseLike<Reply>;
 
@@ -133,14 +133,14 @@ export interface ServeOptions {
   idleTimeout?: number;
   /**
    * `send` disconnects a client if more bytes than this are queued for it
-   * already. A reply is queued until it is written: set this above your largest
-   * reply. Before you send much, check `bufferedAmount`. By default 1 MiB.
+   * already. By default 1 MiB. Replies count until they are written, so set it
+   * above your largest reply. Check `bufferedAmount` before you send much.
    */
   sendLimit?: number;
   /**
    * Disconnects a closing client after this time without progress, and every
-   * client this long after a stop. By default 5,000. (When the server has ended
-   * its own stream, the client has at most 1,000 to end its own.)
+   * client when this time has passed since a stop. By default 5,000. (A client
+   * has at most 1,000 to end its stream after the server has ended its own.)
    */
   grace?: number;
   /** Stops the server when it aborts. */
@@ -272,15 +272,15 @@ export async function serve(
   return totals;
 
   // The steps. (Function declarations are hoisted: the loop can call them.)
-  // Each step here ends with `advance`. The client takes a reply in two parts:
+  // Each step in this table ends with `advance`. It is safe to call that twice.
   //
   //     complete          step      what comes next
   //     accepted          welcome   plan a read
   //     received 4 bytes  received  call the handler. If it has returned a
   //                                 promise, wait for "replied"
   //     replied           replied   write the reply at once
-  //     written 2 bytes   written   a partial write: plan to write the rest
-  //     written 2 bytes   written   the queue is empty: plan a read
+  //     written 2 of 4    written   a partial write: plan to write the rest
+  //     written the rest  written   the queue is empty: plan a read
   //     received null     received  the client's end: disconnect
   function accept(listener: Deno.Listener): void {
     listener.accept().then((conn) => {
@@ -323,7 +323,7 @@ export async function serve(
     else if (client.peerEnded) disconnect(client, "end of stream");
     else if (!client.replying) {
       if (client.state === "closing") endStream(client);
-      plan(client, "reading"); // also after `endStream`, until null comes
+      plan(client, "reading"); // after `endStream`, too, until null comes
     }
   }
 
@@ -337,22 +337,22 @@ export async function serve(
   function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
     client.reading = false;
-    // The read has filled its buffer: make it larger, and keep its bytes.
+    // If the read has filled its buffer, enlarge that, with its bytes. (One
+    // that a handler has transferred throws, here or below.)
     if (count === buffer.length && count < LARGEST_BUFFER) {
       client.buffer = new Uint8Array(buffer.buffer.transfer(2 * count));
     }
-    // This throws if the handler of the last read has transferred the buffer.
     const bytes = client.buffer.subarray(0, count ?? 0);
     if (count === null) client.peerEnded = true;
     if (count === null || client.state !== "open") return advance(client);
+    client.replying = true;
     totals.reads++;
     totals.bytes += count;
     if (logger.debug) log("debug", `${client.name} sent ${count} bytes`);
-    client.replying = true;
     const result = handle(bytes);
     if (typeof result === "object" && result !== null && "then" in result) {
       Promise.resolve(result).then(client.onReplied, client.onFailed);
-      client.startClock();
+      advance(client); // it only starts the clock again
     } else replied(client, result);
   }
 
@@ -461,7 +461,7 @@ export async function serve(
         nextWarning = performance.now() + 1000;
         log("error", "accepting pauses for a second:", error);
       }
-      setTimeout(() => accept(listener), 1000); // a stop may wait for this
+      setTimeout(() => accept(listener), 1000); // a stop waits for this, too
     }
   }
 
@@ -495,9 +495,11 @@ class Client {
   writing = false; // a write is planned, or under way
   peerEnded = false; // the client has ended its own stream
 
-  // Open: what it sends is answered. Closing: its queue is still sent, but
-  // nothing more is answered. Lingering: the server has ended its own stream,
-  // and reads the client's to its end. Failed: disconnected next. Closed: gone.
+  // open       what it sends is answered
+  // closing    its queue is still sent, but nothing more is answered
+  // lingering  the server's stream has ended: the client's is read to its end
+  // failed     it is disconnected next, and logged as an error
+  // closed     it is gone
   state: "open" | "closing" | "lingering" | "failed" | "closed" = "open";
   // When its clock has started, and its limit, in ms (see "Time").
   waitingSince = 0;
@@ -584,19 +586,19 @@ const CLIENT_GONE = [NotConnected, ConnectionAborted, ConnectionReset];
 
 // ---- Fair rounds
 /**
- * A selector with which no client starves. In one turn of its event loop, the
+ * A selector with which no client starves. In one turn of the event loop, the
  * runtime (tokio) completes at most 128 operations. It postpones the rest, and
  * begins the next turn with newer ones, of clients that were answered just now.
  * So with the plain selector, many of a thousand busy clients wait for seconds.
- * Here operations are planned, and started in *rounds*. A round begins when
- * `select` has returned all that was ready. The aim is that no client is read
- * from twice before every client that is ready has been read from once. For
- * example, 180 clients, each with a pending read, ask at the same time:
+ * Here reads (and writes that wait) are planned, and started in *rounds*. A
+ * round begins when `select` has returned all that was ready. The aim is that
+ * every client that is ready is read from once before any is read from twice.
+ * For example, 180 clients, each with a pending read, ask at the same time:
  *
  *     turns  what happens
  *       1    128 reads complete: their replies are written
  *       1    these 128 writes complete: the next reads are planned
- *      64    128 are many, so wait: the other 52 clients are served
+ *      64    128 are more than MANY, so wait: the other 52 are served
  *       3    a round begins: 60, 60 and 60 reads start
  *
  * @example
@@ -631,11 +633,10 @@ export class FairSelector<T> extends Selector<T> {
     this.nextRound(start);
   }
 
-  /** Decides only when operations start: the loop decides which. */
   async #startRounds(): Promise<void> {
     this.#isRunning = true;
     while (this.#planned.length > 0) {
-      await nextTurn(); // by then, the loop has handled what is complete
+      await nextTurn(); // before it, the loop has handled what is complete
       await this.#waitForPostponed();
       for (const [n, start] of this.#planned.splice(0).entries()) {
         if (n > 0 && n % BATCH === 0) await nextTurn();
@@ -648,8 +649,7 @@ export class FairSelector<T> extends Selector<T> {
   /** If many are planned, others may have been postponed: waits for these. */
   async #waitForPostponed(): Promise<void> {
     let isMany = this.#planned.length > MANY;
-    for (let waits = 0; waits < MOST_WAITS; waits++) {
-      if (!isMany && !this.#mustCatchUp) return;
+    for (let n = 0; n < MOST_WAITS && (isMany || this.#mustCatchUp); n++) {
       this.#mustCatchUp = false;
       this.#completions = 0;
       for (let turn = 0; turn < CATCH_UP; turn++) await nextTurn();
@@ -748,7 +748,7 @@ async function parse() {
   return args;
 }
 
-function refuse(what: unknown, expected = "an option, see --help"): never {
+function refuse(what: unknown, expected = "an option of --help"): never {
   throw new RangeError(`${what}: expected ${expected}`);
 }
 

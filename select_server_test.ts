@@ -491,40 +491,39 @@ test("a round begins when all that is ready is handed out", async () => {
 
 // As Deno's runtime, this completes 128 operations a turn, and looks every 61
 // turns at those that it has put off. Here each is ready at once.
-function startRuntime(ready: number[], selector: Selector<number>) {
+function startRuntime(ready: number[], push: (id: number) => void) {
   const putOff: number[] = [];
   const run = () => {
     if (++turns % 61 === 0) ready.push(...putOff.splice(0));
-    for (const id of ready.splice(0, 128)) selector.push(id);
+    for (const id of ready.splice(0, 128)) push(id);
     putOff.push(...ready.splice(0));
     timer = setImmediate(run);
   };
   let [turns, timer] = [0, setImmediate(run)];
-  return { stop: () => clearImmediate(timer) };
+  return { [Symbol.dispose]: () => clearImmediate(timer) };
 }
 
 test("in rounds, a thousand busy clients are served alike", async () => {
   const selector = new FairSelector<number>();
   const served = new Array<number>(1000).fill(0);
   const ready = [...served.keys()];
-  const runtime = startRuntime(ready, selector);
+  using _runtime = startRuntime(ready, (id) => selector.push(id));
   while (!served.includes(20)) {
     for (const id of await selector.select()) {
       served[id] = (served[id] ?? 0) + 1;
       selector.nextRound(() => ready.push(id));
     }
   }
-  runtime.stop();
   assert(Math.min(...served) >= 19, `${Math.min(...served)} times`);
 });
 
 test("catchUp begins after all that is ready", async () => {
   const selector = new FairSelector<number>();
-  const runtime = startRuntime([...Array(1000).keys()], selector);
+  const push = (id: number) => selector.push(id);
+  using _runtime = startRuntime([...Array(1000).keys()], push);
   selector.catchUp(() => selector.push(-1)); // nothing else is planned
   const ids: number[] = [];
   while (!ids.includes(-1)) ids.push(...await selector.select());
-  runtime.stop();
   assertEquals(ids.indexOf(-1), 1000);
 });
 

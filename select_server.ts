@@ -29,7 +29,7 @@ import { setImmediate as nextTurn } from "node:timers/promises";
  * promise of its result, and `promise.then(f, g)` returns at once. Later, but
  * never in the middle of other code, `f` is called with the result, or `g` with
  * the error. Here `f` pushes a record, and `select` returns the records to the
- * loop, its only caller. The server below ignores errors and partial writes.
+ * loop, its only caller. The server below handles no errors or partial writes.
  * ```js ignore
  * const listener = Deno.listen({ port: 50007 });
  * const selector = new Selector();
@@ -146,9 +146,9 @@ export interface ServeOptions {
   /** Stops the server when it aborts. */
   signal?: AbortSignal;
   /**
-   * Where to log: lost bytes or replies are errors, clients that come and go
-   * are info, reads are debug. By default errors go to the console, which
-   * blocks the server while nobody reads it. (`printTo`, at the end, does not.)
+   * Where to log: what is lost and handlers that fail are errors, clients that
+   * come and go are info, reads are debug. By default errors go to the console,
+   * which blocks the server while nobody reads it. (`printTo` does not.)
    */
   logger?: Partial<Pick<Console, "error" | "info" | "debug">>;
 }
@@ -337,8 +337,8 @@ export async function serve(
   function received(client: Client, count: number | null): void {
     const { handle, buffer } = client;
     client.reading = false;
-    // If the read has filled its buffer, enlarge that, with its bytes. (One
-    // that a handler has transferred throws, here or below.)
+    // A read that has filled its buffer makes it larger, with the same bytes.
+    // (A buffer that a handler has transferred throws, here or below.)
     if (count === buffer.length && count < LARGEST_BUFFER) {
       client.buffer = new Uint8Array(buffer.buffer.transfer(2 * count));
     }
@@ -396,8 +396,8 @@ export async function serve(
 
   function disconnect(client: Client, why: unknown): void {
     clients.delete(client);
-    const loses = client.outbox.length > 0 || client.replying;
-    const level = loses || client.state === "failed" ? "error" : "info";
+    const isLoss = client.outbox.length > 0 || client.replying;
+    const level = isLoss || client.state === "failed" ? "error" : "info";
     client.state = "closed";
     client.outbox = new Outbox(); // free the queue, even if the peer is kept
     client.closed.resolve();
@@ -627,7 +627,7 @@ export class FairSelector<T> extends Selector<T> {
     if (!this.#isRunning) this.#startRounds();
   }
 
-  /** Like `nextRound`, but first all that is ready by now is handed out. */
+  /** Like `nextRound`, but first `select` returns all that is ready by now. */
   catchUp(start: () => void): void {
     this.#mustCatchUp = true;
     this.nextRound(start);
@@ -752,11 +752,11 @@ function refuse(what: unknown, expected = "an option of --help"): never {
   throw new RangeError(`${what}: expected ${expected}`);
 }
 
-// Writes a line without waiting. The console would block the whole server while
-// a terminal is paused with Ctrl-S, or nobody reads its pipe.
+// Writes a line without waiting, or drops it if 10,000 lines wait. The console
+// would block the server while a terminal is paused, or nobody reads its pipe.
 const printTo =
   (writer: WritableStreamDefaultWriter<Uint8Array>) => (line: string): void => {
-    if ((writer.desiredSize ?? 0) < -10_000) return; // drop it: 10,000 wait
+    if ((writer.desiredSize ?? 0) < -10_000) return;
     writer.write(encoder.encode(`${line}\n`)).catch(() => {}); // nobody reads
   };
 
